@@ -1,0 +1,46 @@
+"""Where results that take time are kept between sessions."""
+
+import hashlib
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def folder() -> Path:
+    """The cache folder: $LORA_LAB_CACHE, else .cache/ beside the notebooks, else (read-only checkout) in the home
+    folder, else in the temporary folder. It can be deleted at any time."""
+    if chosen := os.environ.get("LORA_LAB_CACHE"):
+        candidates = [Path(chosen)]
+    else:
+        home = os.path.expanduser("~")  # stays "~" for a user without a home folder
+        candidates = [path for path in (Path(__file__).parents[1] / ".cache", Path(home, ".cache", "lora_lab"),
+                                        Path(tempfile.gettempdir(), "lora_lab_cache")) if path.is_absolute()]
+    for path in candidates:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                return path
+        except OSError:
+            continue
+    raise OSError(f"no folder to keep results in could be written: {', '.join(map(str, candidates))}. "
+                  "Set LORA_LAB_CACHE to a folder that you can write to.")
+
+
+def key(*settings) -> str:
+    """12 hexadecimal digits that change when any setting changes (by its repr)."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def written_whole(path: Path):
+    """`with written_whole(path) as tmp:` write `tmp`; `path` then appears complete or, after an error, not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    tmp = Path(name)
+    try:
+        yield tmp
+        os.chmod(tmp, 0o644)  # mkstemp makes it private, which a shared folder is not
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)

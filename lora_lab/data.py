@@ -1,0 +1,117 @@
+"""MNIST as tensors in memory, split into the digits a base model knows (0-7) and those it has never met (8, 9)."""
+
+import gzip
+import hashlib
+import urllib.request
+from functools import cache
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_lab.cache import folder, written_whole
+
+OLD = tuple(range(8))  # the digits of the base model
+NEW = (8, 9)  # the digits it is adapted to
+MEAN, STD = 0.1307, 0.3081  # of the training pixels, scaled to 0..1
+
+RAW = Path(__file__).parents[1] / "data" / "MNIST" / "raw"
+SHA256 = {
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+
+
+class DataError(RuntimeError):
+    """A data file is missing or is not the original; the message names it and says what to do."""
+
+
+class Digits(NamedTuple):
+    """Images and their labels: x (n, 784) or (n, 1, 28, 28) float32, y (n,) int64."""
+
+    x: Tensor
+    y: Tensor
+
+    def only(self, digits) -> "Digits":
+        """The examples whose label is in `digits`, in their order."""
+        keep = torch.isin(self.y, torch.tensor(tuple(digits)))
+        return Digits(self.x[keep], self.y[keep])
+
+    def sample(self, n: int, seed: int) -> "Digits":
+        """`n` different examples drawn at random. Raises ValueError if there are not so many."""
+        if not 0 <= n <= len(self.y):
+            raise ValueError(f"cannot draw {n} different examples from {len(self.y)}")
+        pick = torch.randperm(len(self.y), generator=torch.Generator().manual_seed(seed))[:n]
+        return Digits(self.x[pick], self.y[pick])
+
+    def plus(self, other: "Digits") -> "Digits":
+        """These examples followed by the other's."""
+        return Digits(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]))
+
+
+@cache
+def _pixels_and_labels(split: str) -> tuple[Tensor, Tensor]:
+    images, labels = (_read_idx(f"{split}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    return torch.from_numpy(images), torch.from_numpy(labels).long()
+
+
+def mnist(flat: bool = True) -> tuple[Digits, Digits]:
+    """MNIST's 60,000 training and 10,000 test examples, normalised to mean 0 and standard deviation 1.
+
+    x is (n, 784) float32, or (n, 1, 28, 28) with flat=False; y is (n,) int64. The same call later returns fresh
+    tensors from the pixels kept in memory. Raises DataError if a file is missing and cannot be had, or is damaged.
+    Source: LeCun, Cortes, Burges; see data/README.md.
+    """
+    shape = (-1, 784) if flat else (-1, 1, 28, 28)
+    train, test = (Digits(x.reshape(shape).float().div_(255).sub_(MEAN).div_(STD), y.clone())
+                   for x, y in (_pixels_and_labels("train"), _pixels_and_labels("t10k")))
+    return train, test
+
+
+def _read_idx(name: str) -> np.ndarray:
+    """One original file as an array of bytes, (n, 28, 28) or (n,)."""
+    path = RAW / name
+    try:
+        packed = path.read_bytes() if path.exists() else _fetched(name)
+    except OSError as error:
+        raise DataError(f"{path} could not be read: {error}") from error
+    if not _original(packed, name):
+        raise DataError(f"{path} is not the original MNIST file ({len(packed):,} bytes, wrong checksum): damaged, cut "
+                        "off or swapped. Put it back with `git checkout -- data/MNIST/raw`, or delete it and run this "
+                        "again while online.")
+    raw = gzip.decompress(packed)
+    axes = raw[3]  # IDX format: two zero bytes, the type, the number of axes; then each axis as a big-endian int32
+    shape = np.frombuffer(raw, ">i4", count=axes, offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+
+
+def _original(packed: bytes, name: str) -> bool:
+    return hashlib.sha256(packed).hexdigest() == SHA256[name]
+
+
+def _fetched(name: str) -> bytes:
+    """The file's bytes from the cache folder, after a download from torchvision's mirrors if it is not whole there.
+
+    Only the original is kept: neither half a file nor the log-in page that some networks send instead."""
+    from torchvision.datasets import MNIST
+
+    kept = folder() / name
+    if kept.exists() and _original(packed := kept.read_bytes(), name):
+        return packed
+    for mirror in MNIST.mirrors:
+        try:
+            with urllib.request.urlopen(mirror + name, timeout=20) as response:
+                packed = response.read()
+        except (OSError, HTTPException):
+            continue
+        if _original(packed, name):
+            with written_whole(kept) as part:
+                part.write_bytes(packed)
+            return packed
+    raise DataError(f"{RAW / name} is missing and could not be downloaded (no network?). It belongs to the course: "
+                    "put it back with `git checkout -- data/MNIST/raw`, or run this again while online.")

@@ -1,0 +1,304 @@
+"""LoRA: train a low-rank update of a frozen linear layer (Hu et al. 2021, arXiv 2106.09685).
+
+    inject(model, ["fc3"], r=4, alpha=8)    the chosen nn.Linear layers become LoRALinear, all else is frozen
+    ... train lora_parameters(model) ...
+    with disabled(model): ...               the base model, bit for bit
+    merge(model)                            a new model of plain layers, W + s B A
+    save_adapter(model, directory)          a few kB that PEFT reads as well
+    load_adapter(model, directory)          puts it on the model in place of the adapter that is there
+    remove(model)                           the base model again
+
+One convention, PyTorch's: weight (out, in), A (r, in), B (out, r), x (..., in).
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lab import adapter_files
+from lora_lab.adapter_files import Adapter, AdapterError, LayerWeights
+
+INITS = ("gaussian", "kaiming", "pissa", "svd")
+
+
+class LoRALinear(nn.Linear):
+    """h = W x + b + s B A dropout(x), with s = alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732).
+
+    W (out, in) and b (out,) are the base layer's own parameters, shared and frozen; A (r, in) and B (out, r) are
+    trained. A 16-bit base gets A and B in float32, and h comes back in the base's dtype. `init` is the start of A, B:
+    "gaussian": A ~ N(0, 1/in), B = 0: h starts as the base's. The paper's start (section 4.1), sigma made explicit.
+    "kaiming":  A uniform within 1/sqrt(in), B = 0: what loralib and PEFT do.
+    "pissa":    s B A is the best rank-r part of W, and that start is subtracted again (arXiv 2404.02948): training
+                acts on the top of W, W itself stays as it was, and h starts as the base's.
+    "svd":      B A is the best rank-r part of W and nothing is subtracted. This CHANGES the model before training;
+                some tutorials do it; kept to compare.
+    (A, B):     these tensors, as from a file; only here may r be above min(in, out).
+    Raises ValueError or TypeError for an r, alpha, dropout or init that cannot work, or a base that is not nn.Linear.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, init="gaussian",
+                 rslora: bool = False):
+        if type(base) is not nn.Linear:
+            raise TypeError(f"LoRALinear adapts an nn.Linear, not a {type(base).__name__}")
+        _check(base, r, alpha, dropout, init)
+        nn.Module.__init__(self)  # not nn.Linear's, which would draw new weights
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight.requires_grad_(False), base.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.r, self.alpha, self.rslora = r, alpha, rslora
+        self.scaling = alpha / (math.sqrt(r) if rslora else r)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        A, B = _start(self.weight, r, init, self.scaling)
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+        self.subtracts_start = init == "pissa"
+        if self.subtracts_start:
+            self.register_buffer("start_A", A.clone())
+            self.register_buffer("start_B", B.clone())
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in)
+        h = F.linear(x, self.weight, self.bias)  # (..., out)
+        x = self.dropout(x.to(self.lora_A.dtype))  # (..., in)
+        update = F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)  # (..., in) -> (..., r) -> (..., out)
+        if self.subtracts_start:
+            update = update - F.linear(F.linear(x, self.start_A) * self.scaling, self.start_B)
+        return (h + update).to(h.dtype)
+
+    def delta_weight(self) -> Tensor:
+        """What the adapter adds to the weight: s B A, (out, in), in at least float32."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        delta = self.lora_B.to(wide) @ self.lora_A.to(wide)  # (out, r) @ (r, in) -> (out, in)
+        if self.subtracts_start:
+            delta = delta - self.start_B.to(wide) @ self.start_A.to(wide)
+        return delta * self.scaling
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}{', rslora=True' * self.rslora}"
+
+
+class _Disabled(LoRALinear):
+    """A LoRALinear inside `disabled`: weight and bias are the base's own, so its forward is the base's forward."""
+
+    forward = nn.Linear.forward
+
+
+def inject(model: nn.Module, target_modules, r, alpha, dropout: float = 0.0, init="gaussian",
+           rslora: bool = False) -> list[str]:
+    """Turn linear layers of `model` into LoRALinear, in place, and freeze everything but their A and B.
+
+    `target_modules`: "all-linear", or names: the exact path of a layer, or its end from a dot on ("q_proj" means every
+    layer whose path is q_proj or ends in .q_proj). `r` and `alpha`: a number, or a dict from such names to numbers.
+    A and B are drawn from torch's global random state. Returns the adapted paths.
+    Raises ValueError, with the model unchanged, if a name fits no nn.Linear, a dict leaves a layer out or names one too
+    many, the model has LoRA layers already, or a setting cannot work.
+    """
+    if present := _lora_layers(model):
+        raise ValueError(f"the model has LoRA layers already ({', '.join(present)}): a second injection would stack "
+                         "them. Use remove(model) or merge(model) first, or load_adapter to exchange the adapter.")
+    layers = _find(model, target_modules)
+    ranks, alphas = _per_layer("r", r, layers), _per_layer("alpha", alpha, layers)
+    for path, layer in layers.items():
+        _check(layer, ranks[path], alphas[path], dropout, init, path)
+    adapted = {p: LoRALinear(m, ranks[p], alphas[p], dropout, init, rslora) for p, m in layers.items()}
+    model.requires_grad_(False)
+    for path, layer in layers.items():
+        _become(layer, adapted[path])
+    return list(layers)
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """A and B of every LoRA layer: what the optimizer needs."""
+    for layer in _lora_layers(model).values():
+        yield from (layer.lora_A, layer.lora_B)
+
+
+@contextmanager
+def disabled(model: nn.Module):
+    """Inside the block the LoRA layers compute what the base computes, bit for bit."""
+    layers = [layer for layer in _lora_layers(model).values() if type(layer) is LoRALinear]
+    for layer in layers:
+        layer.__class__ = _Disabled
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            if type(layer) is _Disabled:  # it may have been removed meanwhile
+                layer.__class__ = LoRALinear
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """A new model whose LoRA layers are plain nn.Linear with weight W + s B A; the given model is not touched.
+
+    The sum is formed in at least float32 and rounded once to the base's dtype. A weight tied to another layer (say an
+    embedding) is untied in the copy, so that only the adapted layer changes. Without LoRA layers: a plain copy.
+    Raises ValueError, naming the layer, if a merged weight is not finite.
+    """
+    merged = copy.deepcopy(model)
+    for path, layer in _lora_layers(merged).items():
+        weight = (layer.weight + layer.delta_weight()).detach().to(layer.weight.dtype)  # (out, in)
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"the merged weight of layer {path!r} holds NaN or Inf: not merged. Did training diverge?")
+        _become(layer, _plain(layer, nn.Parameter(weight, requires_grad=False)))
+    return merged
+
+
+def remove(model: nn.Module) -> None:
+    """Take the adapter off, in place: the layers are the base's nn.Linear again, bit for bit (and still frozen)."""
+    for layer in _lora_layers(model).values():
+        _become(layer, _plain(layer, layer.weight))
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The model's adapter by itself, as copies of its tensors: `attach` puts it on any model with such layers.
+
+    A "pissa" layer comes out as the plain LoRA of rank 2r that says the same: [A; A0] and [B, -B0].
+    Raises ValueError if the model has no LoRA layers."""
+    layers = {}
+    for path, layer in _lora_layers(model).items():
+        A, B, alpha = layer.lora_A.detach(), layer.lora_B.detach(), layer.alpha
+        if layer.subtracts_start:
+            A, B = torch.cat([A, layer.start_A]), torch.cat([B, -layer.start_B], dim=1)  # (2r, in), (out, 2r)
+            alpha = alpha * (math.sqrt(2) if layer.rslora else 2)  # keeps s
+        dropout = getattr(layer.dropout, "p", 0.0)
+        layers[path] = LayerWeights(A.cpu().clone(), B.cpu().clone(), alpha, layer.rslora, dropout)
+    if not layers:
+        raise ValueError("the model has no LoRA layers: inject or load an adapter first")
+    return Adapter(layers, adapter_files.targets(layers, [path for path, _ in model.named_modules()]))
+
+
+def attach(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Put an adapter on the model, in place, instead of the one that it may have. Returns the adapted paths.
+
+    Raises AdapterError, with the model unchanged, if the adapter does not fit its layers."""
+    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, LoRALinear)}
+    adapter_files.check_fit(adapter, {path: tuple(layer.weight.shape) for path, layer in linears.items()})
+    try:
+        for path, (A, B, alpha, _, dropout) in adapter.layers.items():
+            _check(linears[path], len(A), alpha, dropout, (A, B), path)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"the adapter cannot be used: {error}") from error
+    remove(model)
+    model.requires_grad_(False)
+    for path, (A, B, alpha, rslora, dropout) in adapter.layers.items():
+        _become(linears[path], LoRALinear(linears[path], len(A), alpha, dropout, (A, B), rslora))
+    return list(adapter.layers)
+
+
+def save_adapter(model: nn.Module, directory) -> None:
+    """Write the adapter as adapter_model.safetensors and adapter_config.json, the format of PEFT, which loads it.
+
+    A reader sees the old adapter, none, or the new one, never a mixture. Raises ValueError if the model has no LoRA
+    layers or a value is not finite; what was in the directory stays."""
+    adapter_files.write(adapter_of(model), directory)
+
+
+def load_adapter(model: nn.Module, directory) -> list[str]:
+    """Read an adapter written by `save_adapter` or by PEFT for linear layers, and attach it. Returns its paths.
+
+    Raises FileNotFoundError if a file is missing, and AdapterError, which names it, for anything that is missing,
+    extra, misshapen, not finite or not plain LoRA. The model is then unchanged."""
+    return attach(model, adapter_files.read(directory))
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def _fits(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _find(model: nn.Module, target_modules) -> dict[str, nn.Linear]:
+    """The layers that the names mean, by path, in the model's order; one that is used twice, once."""
+    linears = {p: m for p, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear}
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if names == ["all-linear"]:
+        names = list(linears)
+    if not names:
+        raise ValueError("no layer to adapt: target_modules is empty, or the model has no nn.Linear")
+    for name in names:
+        if not any(_fits(path, name) for path in linears):
+            other = next((type(m).__name__ for p, m in model.named_modules() if p and _fits(p, name)), None)
+            why = f"is a {other}, and only nn.Linear itself can be adapted" if other else "fits no layer of the model"
+            raise ValueError(f"target {name!r} {why}. Linear layers here: {', '.join(map(repr, linears)) or 'none'}")
+    found = {}
+    for path, layer in linears.items():
+        if layer not in found.values() and any(_fits(path, name) for name in names):
+            found[path] = layer
+    return found
+
+
+def _per_layer(setting: str, value, layers: dict) -> dict:
+    """`value` for each layer; from a dict, by the exact path or else by the end of the path."""
+    if not isinstance(value, dict):
+        return dict.fromkeys(layers, value)
+    for name in value:
+        if not any(_fits(path, name) for path in layers):
+            raise ValueError(f"{setting} names {name!r}, which is not among the adapted layers: {', '.join(layers)}")
+    chosen = {}
+    for path in layers:
+        names = [name for name in value if _fits(path, name)]
+        if not names:
+            raise ValueError(f"{setting} has no entry for layer {path!r}")
+        chosen[path] = value[max(names, key=len)]  # the most exact one
+    return chosen
+
+
+def _check(base: nn.Linear, r, alpha, dropout, init, path: str = "") -> None:
+    where = f" for layer {path!r}" if path else ""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r = {r!r}{where}: it must be an int")
+    largest = min(base.in_features, base.out_features)
+    if r < 1 or (r > largest and isinstance(init, str)):
+        why = "an update of rank 0 cannot learn" if r < 1 else "no update of this layer has a higher rank"
+        raise ValueError(f"r = {r}{where}: it must be from 1 to min(in, out) = {largest}; {why}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise TypeError(f"alpha = {alpha!r}{where}: it must be an int or a float")
+    if not math.isfinite(alpha) or (alpha <= 0 and init == "pissa"):
+        raise ValueError(f"alpha = {alpha}{where}: it must be finite, and for pissa positive")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout}{where}: it is a probability, from 0 up to but not including 1")
+    if not (init in INITS if isinstance(init, str) else isinstance(init, tuple)):
+        raise ValueError(f"init = {init!r}{where} is not one of {', '.join(INITS)}")
+    if not isinstance(init, str) and [tuple(t.shape) for t in init] != [(r, base.in_features), (base.out_features, r)]:
+        raise ValueError(f"A and B{where} must be of shape ({r}, {base.in_features}) and ({base.out_features}, {r})")
+    if init in ("pissa", "svd") and not (base.weight.is_meta or torch.isfinite(base.weight).all()):
+        raise ValueError(f"init = {init!r}{where}: the weight holds NaN or Inf, so it has no singular values")
+
+
+def _start(weight: Tensor, r: int, init, scaling: float) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) before training, on the base's device; float32 beside a 16-bit base."""
+    out_features, in_features = weight.shape
+    like = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    if not isinstance(init, str):
+        A, B = init
+        return A.to(**like, copy=True), B.to(**like, copy=True)
+    if init in ("svd", "pissa"):
+        U, S, Vh = torch.linalg.svd(weight.detach().to(like["dtype"]), full_matrices=False)
+        root = (S[:r] / scaling if init == "pissa" else S[:r]).sqrt()  # (r,)
+        return root[:, None] * Vh[:r], U[:, :r] * root  # B A is W_r, or W_r / s
+    if init == "gaussian":
+        A = torch.randn(r, in_features, **like) / math.sqrt(in_features)
+    else:
+        A = torch.empty(r, in_features, **like).uniform_(-1, 1) / math.sqrt(in_features)
+    return A, torch.zeros(out_features, r, **like)
+
+
+def _plain(layer: LoRALinear, weight: nn.Parameter) -> nn.Linear:
+    plain = nn.Linear(layer.in_features, layer.out_features, device="meta")  # meta: no memory, no random numbers
+    plain.weight, plain.bias = weight, layer.bias
+    return plain.train(layer.training)
+
+
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Make `module` what `other` is, where it stands. A layer used twice, or one that is the whole model, has no single
+    parent in which it could be replaced; this way every reference to it, and every hook on it, stays good."""
+    hooks = {name: value for name, value in vars(module).items() if "hook" in name}
+    module.__class__ = other.__class__
+    module.__dict__ = {**vars(other), **hooks}

@@ -1,0 +1,93 @@
+"""The course's model, its pretrained base, and what a model's parameters count up to."""
+
+import hashlib
+import json
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_lab import cache
+from lora_lab.data import OLD, mnist
+from lora_lab.lora import lora_parameters
+from lora_lab.progress import progress
+from lora_lab.training import fit
+
+
+class MLP(nn.Module):
+    """784-512-256-10, 535,818 parameters: three linear layers with ReLU between. Takes (n, 784) or (n, 1, 28, 28)."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(784, 512)
+        self.fc2 = nn.Linear(512, 256)
+        self.fc3 = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc1(x.flatten(1)))  # (n, 512)
+        h = torch.relu(self.fc2(h))  # (n, 256)
+        return self.fc3(h)  # (n, 10)
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters: all of them, those that are trained, those that are LoRA's A and B."""
+
+    total: int
+    trainable: int
+    lora: int
+
+
+def count_parameters(model: nn.Module) -> Counts:
+    """Parameters of a model; a tied one counts once. Shapes are enough: the model may be on the meta device."""
+    def size(parameters) -> int:
+        return sum(p.numel() for p in parameters)
+
+    return Counts(size(model.parameters()), size(p for p in model.parameters() if p.requires_grad),
+                  size(lora_parameters(model)))
+
+
+def base_model(seed: int = 0, epochs: float = 3, batch_size: int = 256, lr: float = 3e-3) -> MLP:
+    """An MLP trained on the digits 0-7 only: it has never met an 8 or a 9, yet has ten outputs.
+
+    Trained once for each choice of settings (a few seconds), then kept in the cache folder as safetensors. A file that
+    is not whole is not trusted: the model is trained again. Each call returns a new model, in evaluation mode.
+    """
+    settings = dict(seed=seed, epochs=epochs, batch_size=batch_size, lr=lr)
+    path = cache.folder() / f"base-{cache.key(settings)}.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MLP()
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    if kept := _read(path, settings, shapes):
+        model.load_state_dict(kept)
+        with progress(total=1, desc="base model") as bar:
+            bar.note = "base model: from the cache"
+    else:
+        fit(model, mnist()[0].only(OLD), label="base model", **settings)
+        weights = model.state_dict()
+        with cache.written_whole(path) as tmp:
+            save_file(weights, tmp, {"sha256": _digest(weights), "settings": json.dumps(settings)})
+    return model.eval()
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    """Of names, shapes and bytes: safetensors itself checks only that its header fits."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name} {tuple(weights[name].shape)}".encode())
+        digest.update(weights[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path, settings: dict, shapes: dict) -> dict[str, Tensor] | None:
+    """The tensors of a cache file, or None if it is missing, damaged, or of another model or other settings."""
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+            said = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    whole = said.get("sha256") == _digest(weights) and said.get("settings") == json.dumps(settings)
+    return weights if whole and shapes == {name: weight.shape for name, weight in weights.items()} else None

@@ -1,0 +1,190 @@
+"""The course's figures: one style, a message as the title, alternative text that reaches the reader.
+
+Every function draws and shows one figure and returns nothing. Series differ by marker and line style as well as by
+colour, so that they can be told apart in grey and by colour-blind readers (colours: Okabe and Ito 2008).
+"""
+
+import base64
+import html
+import io
+
+import matplotlib
+import numpy as np
+from IPython.display import display
+from matplotlib.figure import Figure
+from PIL import Image
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))]
+STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.spines.top": False,
+         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "lines.markersize": 5}
+
+
+class _Picture:
+    """A figure as PNG, and as HTML with alternative text: the only form in which JupyterLab passes that on."""
+
+    def __init__(self, png: bytes, alt: str, width: int):
+        self.png, self.alt, self.width = png, alt, width
+
+    def __repr__(self):
+        return f"Figure: {self.alt}"
+
+    def _repr_png_(self):
+        return self.png
+
+    def _repr_html_(self):
+        data = base64.b64encode(self.png).decode()
+        return f'<img alt="{html.escape(self.alt)}" width="{self.width}" src="data:image/png;base64,{data}">'
+
+
+def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.6), **options):
+    """A figure in the course's style and its axes (as from plt.subplots), for a picture of your own: end with `show`."""
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=size, layout="constrained")
+        return fig, fig.subplots(rows, columns, **options)
+
+
+def show(fig: Figure, alt: str, title: str = "") -> None:
+    """Display a figure. `alt` says in words what it shows, for readers who cannot see it; no trained digits in it."""
+    if not alt.strip():
+        raise ValueError("a figure needs alternative text: say what it shows")
+    with matplotlib.rc_context(STYLE):
+        if title:
+            fig.suptitle(title, fontweight="bold", fontsize=11)
+        raw = io.BytesIO()
+        fig.savefig(raw, format="png", dpi=130, facecolor="white")
+    small = io.BytesIO()  # 64 colours are enough for a chart and a quarter of the size in the notebook
+    Image.open(raw).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+    display(_Picture(small.getvalue(), alt, round(fig.get_size_inches()[0] * 100)))
+
+
+def curves(series: dict, *, title: str, xlabel: str, ylabel: str, alt: str, logx=False, logy=False, ylim=None,
+           marks: dict | None = None, size=(6.4, 3.6)) -> None:
+    """Lines: {label: (x, y)} or {label: (x, y, low, high)} with a shaded band. `marks` {text: y} are level lines."""
+    fig, ax = figure(size=size)
+    draw_curves(ax, series)
+    for text, level in (marks or {}).items():
+        ax.axhline(level, color="0.45", linewidth=1, linestyle=(0, (6, 3)))
+        ax.annotate(text, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5, color="0.3")
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    if ylim:
+        ax.set_ylim(ylim)
+    if len(series) > 1:
+        ax.legend(fontsize=9)
+    show(fig, alt)
+
+
+def draw_curves(ax, series: dict) -> None:
+    """The lines of `curves` on axes of your own."""
+    for k, (label, (x, y, *band)) in enumerate(series.items()):
+        marker = MARKERS[k % len(MARKERS)] if len(x) <= 40 else None
+        ax.plot(x, y, color=COLOURS[k % len(COLOURS)], marker=marker, linestyle=LINES[k % len(LINES)], label=label)
+        if band:
+            ax.fill_between(x, *band, color=COLOURS[k % len(COLOURS)], alpha=0.18, linewidth=0)
+
+
+def bars(values: dict, *, title: str, ylabel: str, alt: str, ylim=None, errors=None, fmt="{:.1f}", size=(6.4, 3.2)) -> None:
+    """Bars with their value above: {label: value}, or {label: {group: value}} for grouped ones."""
+    fig, ax = figure(size=size)
+    grouped = {label: v if isinstance(v, dict) else {"": v} for label, v in values.items()}
+    groups = list(next(iter(grouped.values())))
+    width = 0.8 / len(groups)
+    for k, group in enumerate(groups):
+        at = np.arange(len(grouped)) + (k - (len(groups) - 1) / 2) * width
+        heights = [v[group] for v in grouped.values()]
+        drawn = ax.bar(at, heights, width * 0.94, color=COLOURS[k], hatch=["", "//", "..", "xx"][k % 4], edgecolor="white",
+                       label=group, yerr=errors if len(groups) == 1 else None, capsize=3)
+        ax.bar_label(drawn, [fmt.format(h) for h in heights], fontsize=8.5, padding=2)
+    ax.set_xticks(np.arange(len(grouped)), list(grouped))
+    ax.grid(False, axis="x")
+    ax.set(title=title, ylabel=ylabel)
+    if ylim:
+        ax.set_ylim(ylim)
+    if len(groups) > 1:
+        ax.legend(fontsize=9)
+    show(fig, alt)
+
+
+def images(pictures, captions=None, *, title: str, alt: str, columns: int = 8, scale: float = 1.0, signed=False) -> None:
+    """Grey pictures in rows: (n, h, w), or flat MNIST digits (n, 784). `signed`: a blue-white-red scale around zero."""
+    pictures = [np.asarray(p, dtype=float) for p in pictures]
+    pictures = [p.reshape(28, 28) if p.size == 784 else p.squeeze() for p in pictures]
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    fig, axes = figure(rows, columns, size=(1.05 * columns * scale, (1.05 + 0.22 * bool(captions)) * rows * scale + 0.35), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for k, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=False)):
+        top = np.abs(picture).max() or 1
+        limits = dict(cmap="RdBu_r", vmin=-top, vmax=top) if signed else dict(cmap="gray")
+        ax.imshow(picture, interpolation="nearest", **limits)
+        if captions:
+            ax.set_title(captions[k], fontsize=8.5, fontweight="normal", pad=2)
+    show(fig, alt, title)
+
+
+def heatmap(matrix, *, title: str, alt: str, xlabel="", ylabel="", xticks=None, yticks=None, numbers=None, limits=None,
+            size=(5.0, 4.0)) -> None:
+    """A matrix as colours. `numbers`: a format such as "{:.2f}" writes each entry into its cell."""
+    fig, ax = figure(size=size)
+    draw_heatmap(ax, matrix, xlabel, ylabel, xticks, yticks, numbers, limits)
+    ax.set_title(title)
+    show(fig, alt)
+
+
+def draw_heatmap(ax, matrix, xlabel="", ylabel="", xticks=None, yticks=None, numbers=None, limits=None) -> None:
+    """The matrix of `heatmap` on axes of your own."""
+    matrix = np.asarray(matrix, dtype=float)
+    low, high = limits or (matrix.min(), matrix.max())
+    drawn = ax.imshow(matrix, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    ax.grid(False)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if xticks is not None:
+        ax.set_xticks(range(matrix.shape[1]), xticks)
+    if yticks is not None:
+        ax.set_yticks(range(matrix.shape[0]), yticks)
+    if numbers:
+        for (i, j), value in np.ndenumerate(matrix):
+            bright = value > low + 0.6 * (high - low)
+            ax.text(j, i, numbers.format(value), ha="center", va="center", fontsize=8, color="black" if bright else "white")
+    ax.figure.colorbar(drawn, ax=ax, shrink=0.85)
+
+
+def plane(matrices: dict, *, title: str, alt: str, vectors: dict | None = None, limit: float = 2.6) -> None:
+    """What 2 x 2 matrices do to the plane: {caption: W}. The grid, the unit circle and e1, e2 are carried along;
+    `vectors` {caption: (k, 2)} draws arrows of your own instead of e1, e2."""
+    fig, axes = figure(1, len(matrices), size=(2.7 * len(matrices), 3.1), squeeze=False)
+    line = np.linspace(-2, 2, 9)
+    angle = np.linspace(0, 2 * np.pi, 200)
+    circle = np.stack([np.cos(angle), np.sin(angle)])  # (2, 200)
+    for ax, (caption, W) in zip(axes.flat, matrices.items(), strict=True):
+        W = np.asarray(W, dtype=float)
+        for t in line:
+            for ends in (np.array([[t, t], [-2, 2]]), np.array([[-2, 2], [t, t]])):  # (2, 2): two points as columns
+                ax.plot(*(W @ ends), color="0.78", linewidth=0.9, zorder=1)
+        ax.plot(*(W @ circle), color=COLOURS[0], linewidth=2, zorder=2)
+        arrows = (vectors or {}).get(caption, W.T)  # rows: where e1 and e2 go
+        for k, (x, y) in enumerate(np.asarray(arrows)):
+            ax.annotate("", (x, y), (0, 0), zorder=3, arrowprops=dict(arrowstyle="-|>", color=COLOURS[1 + 2 * k % 6],
+                                                                     linewidth=2, linestyle=["-", "--"][k % 2]))
+        ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        ax.set_title(caption, fontsize=9.5)
+        ax.grid(False)
+    show(fig, alt, title)
+
+
+class _Table:
+    def __init__(self, header, rows):
+        self.header, self.rows = header, rows
+
+    def _repr_markdown_(self):
+        lines = [self.header, ["---:"] * len(self.header), *self.rows]
+        return "\n".join("| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in lines)
+
+    __repr__ = _repr_markdown_
+
+
+def table(header, rows) -> None:
+    """Display a small table; every entry is turned into text by str, so format numbers first."""
+    display(_Table([str(h) for h in header], [[str(entry) for entry in row] for row in rows]))
