@@ -22,7 +22,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # PEFT's settings that say nothing about what a finished adapter computes
 NEUTRAL = {"auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights",
-           "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"}
+           "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+           "task_type"}
 NARROWING = {"exclude_modules", "layers_to_transform", "layers_pattern"}  # PEFT's ways to adapt fewer than the targets
 UNDERSTOOD = {"peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "bias"}
 BASE_UNCHANGED = {"true", "false", "gaussian", "orthogonal", "eva", "mica"}  # starts that leave the base as it was
@@ -86,8 +87,8 @@ def read(directory) -> Adapter:
             raise AdapterError(f"layer {path!r}: the config says r = {r}, but lora_A is {tuple(A.shape)} and lora_B "
                                f"{tuple(B.shape)}; expected ({r}, in) and (out, {r})")
         layers[path] = LayerWeights(A, B, alpha, bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0)
-    # with exclude_modules and the like, which layers are meant is what the file holds
-    return Adapter(layers, _expression(layers) if any(map(config.get, NARROWING)) else config["target_modules"])
+    narrowed = any(config.get(name) is not None for name in NARROWING)  # then the file's own list counts
+    return Adapter(layers, _expression(layers) if narrowed else config["target_modules"])
 
 
 def targets(paths, modules) -> list[str] | str:
@@ -154,7 +155,8 @@ def _config_from(text: bytes, path: Path) -> dict:
                                "is read here")
     try:
         for patterns in (config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}):
-            _pattern(patterns, "", None)
+            for key in patterns.keys():
+                re.compile(key)
         _is_target(config["target_modules"], "")
     except (AttributeError, TypeError, re.error) as error:
         raise AdapterError(f"{path}: target_modules, rank_pattern or alpha_pattern cannot be read: {error}") from error

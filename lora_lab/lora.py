@@ -105,6 +105,7 @@ def inject(model: nn.Module, target_modules, r, alpha, dropout: float = 0.0, ini
     ranks, alphas = _per_layer("r", r, layers), _per_layer("alpha", alpha, layers)
     for path, layer in layers.items():
         _check(layer, ranks[path], alphas[path], dropout, init, path)
+    _check_called(model, layers.values())
     adapted = {p: LoRALinear(m, ranks[p], alphas[p], dropout, init, rslora) for p, m in layers.items()}
     model.requires_grad_(False)
     for path, layer in layers.items():
@@ -181,6 +182,7 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     try:
         for path, (A, B, alpha, _, dropout) in adapter.layers.items():
             _check(linears[path], len(A), alpha, dropout, (A, B), path)
+        _check_called(model, [linears[path] for path in adapter.layers])
     except (TypeError, ValueError) as error:
         raise AdapterError(f"the adapter cannot be used: {error}") from error
     remove(model)
@@ -270,6 +272,15 @@ def _check(base: nn.Linear, r, alpha, dropout, init, path: str = "") -> None:
         raise ValueError(f"A and B{where} must be of shape ({r}, {base.in_features}) and ({base.out_features}, {r})")
     if init in ("pissa", "svd") and not (base.weight.is_meta or torch.isfinite(base.weight).all()):
         raise ValueError(f"init = {init!r}{where}: the weight holds NaN or Inf, so it has no singular values")
+
+
+def _check_called(model: nn.Module, layers) -> None:
+    """torch's TransformerEncoderLayer, in eval mode, reads the weights of its layers and does not call them."""
+    for path, module in model.named_modules():
+        if (isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
+                and any(child in layers for child in module.children())):
+            raise ValueError(f"{path!r} is a TransformerEncoderLayer, which in eval mode leaves LoRA out silently. "
+                             "Switch that off first: torch.backends.mha.set_fastpath_enabled(False)")
 
 
 def _start(weight: Tensor, r: int, init, scaling: float) -> tuple[Tensor, Tensor]:

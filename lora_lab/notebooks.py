@@ -86,7 +86,7 @@ def handout(nb):
     return TagRemovePreprocessor(remove_cell_tags={"solution"}, enabled=True).preprocess(nbformat.from_dict(nb), {})[0]
 
 
-def execute(nb, timeout: int = 120) -> float:
+def execute(nb, timeout: int = 600) -> float:
     """Run all cells in a fresh kernel, in place; return the seconds it took. Raises CellExecutionError."""
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}},
                             store_widget_state=False)

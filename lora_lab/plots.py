@@ -17,7 +17,7 @@ from PIL import Image
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))]
-STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.spines.top": False,
+STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
          "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "lines.markersize": 5}
 
 
@@ -51,7 +51,7 @@ def show(fig: Figure, alt: str, title: str = "") -> None:
         raise ValueError("a figure needs alternative text: say what it shows")
     with matplotlib.rc_context(STYLE):
         if title:
-            fig.suptitle(title, fontweight="bold", fontsize=11)
+            fig.suptitle(title, fontsize=11)
         raw = io.BytesIO()
         fig.savefig(raw, format="png", dpi=130, facecolor="white")
     small = io.BytesIO()  # 64 colours are enough for a chart and a quarter of the size in the notebook
@@ -102,7 +102,7 @@ def bars(values: dict, *, title: str, ylabel: str, alt: str, ylim=None, errors=N
     if ylim:
         ax.set_ylim(ylim)
     if len(groups) > 1:
-        ax.legend(fontsize=9)
+        ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, never over them
     show(fig, alt)
 
 
@@ -120,7 +120,7 @@ def images(pictures, captions=None, *, title: str, alt: str, columns: int = 8, s
         limits = dict(cmap="RdBu_r", vmin=-top, vmax=top) if signed else dict(cmap="gray")
         ax.imshow(picture, interpolation="nearest", **limits)
         if captions:
-            ax.set_title(captions[k], fontsize=8.5, fontweight="normal", pad=2)
+            ax.set_title(captions[k], fontsize=8.5, pad=2)
     show(fig, alt, title)
 
 

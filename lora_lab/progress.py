@@ -20,11 +20,11 @@ class _Line:
         self.text, self.part = text, part
 
     def __repr__(self):
-        return f"⏱ {self.text}"
+        return f"◷ {self.text}"
 
     def _repr_html_(self):
         bar = "" if self.part >= 1 else f'<progress value="{self.part:.3f}"></progress> '
-        return f"<small>⏱ {bar}{html.escape(self.text)}</small>"
+        return f"<small>◷ {bar}{html.escape(self.text)}</small>"
 
 
 class progress(tqdm):

@@ -1,6 +1,7 @@
 """Training on tensors in memory, and accuracy on the digits that matter here."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
     x, y = data
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise ValueError("every parameter of the model is frozen: nothing to train. Inject LoRA, or unfreeze something.")
+        raise ValueError("every parameter of the model is frozen: nothing to train. Inject LoRA or unfreeze something.")
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"training needs as many labels as examples, and at least one: got {len(x)} and {len(y)}")
     if (epochs is None) == (steps is None):
@@ -49,12 +50,14 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
     order = torch.Generator().manual_seed(seed)
     losses, watched, watch_at = [], {}, set(watch_at)
     was_training = model.training
-    with torch.random.fork_rng(devices=[]), progress(total=steps, desc=label, disable=label is None) as bar:
+    line = nullcontext() if label is None else progress(total=steps, desc=label)
+    with torch.random.fork_rng(devices=[]), line as bar:
         torch.manual_seed(seed)  # for dropout
         model.train()
         for step in range(steps):
             if step in watch_at:
-                watched[step] = watch(model)
+                with torch.random.fork_rng(devices=[]):  # to watch changes nothing
+                    watched[step] = watch(model)
                 model.train()
             if step % per_epoch == 0:
                 shuffled = torch.randperm(len(x), generator=order)  # (n,)
@@ -67,9 +70,10 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
             if schedule:
                 schedule.step()
             losses.append(loss.detach())
-            bar.update()
-    if steps in watch_at:
-        watched[steps] = watch(model)
+            if bar is not None:
+                bar.update()
+        if steps in watch_at:
+            watched[steps] = watch(model)
     model.train(was_training)
     return History(torch.stack(losses).tolist(), watched)
 

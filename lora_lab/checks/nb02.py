@@ -1,0 +1,275 @@
+"""Checks of notebook 02 (SVD)."""
+
+import torch
+from torch import Tensor
+
+from lora_lab import linalg
+from lora_lab.checks import Mistake, blank, grade, grade_value
+
+
+def _thin(W: Tensor):
+    return torch.linalg.svd(W, full_matrices=False)
+
+
+def _sizes(generator, low: int = 3, high: int = 8) -> tuple[int, int]:
+    """Two different sizes."""
+    m, n = torch.randperm(high - low + 1, generator=generator)[:2].add(low).tolist()
+    return m, n
+
+
+def _randn(generator, *shape) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# 1 · predict the singular values of [[0, -3, 0], [2, 0, 0]]
+
+def singular_values(answer):
+    return grade_value(answer, [3, 2], MISTAKES["singular_values"],
+                       "each row here uses its own input axis, so the lengths of the rows are the stretches; signs and "
+                       "swapped axes live in U and V, never in S.",
+                       hint="Which unit vector gives the longest output, and how long is it?", tol=1e-3)
+
+
+# 2 · one line of deflation
+
+def _deflate(W, u, s, v):
+    return W - s * torch.outer(u, v)
+
+
+def _draw_deflate(generator):
+    m, n = _sizes(generator)
+    if torch.rand(1, generator=generator) < 0.3:  # now and then a square one, where u @ v raises no error
+        n = m
+    W = _randn(generator, m, n)
+    U, S, Vh = _thin(W)
+    return W, U[:, 0], S[0], Vh[0]
+
+
+def deflate(answer):
+    return grade(answer, _deflate, _draw_deflate, MISTAKES["deflate"],
+                 "what is left has the same singular triples without the first, so the next run of the power iteration "
+                 "must find the second.", rounds=10)
+
+
+# 3 · the tutorial's code, ported to torch.linalg.svd without care
+
+def _ported(W, r):
+    U, S, Vt = torch.linalg.svd(W)
+    return U[:, :r] @ torch.diag(S[:r]) @ Vt.t()[:r, :]
+
+
+def _draw_low_rank(generator):
+    m, n = _sizes(generator)
+    return _randn(generator, m, n), int(torch.randint(1, min(m, n), (1,), generator=generator))
+
+
+def low_rank(answer):
+    return grade(answer, linalg.truncate, _draw_low_rank, MISTAKES["low_rank"],
+                 "torch.svd returned V, torch.linalg.svd returns its transpose Vh; the old code runs with the new "
+                 "function on every shape and is wrong on all of them.")
+
+
+# 4 · the pseudo-inverse from the SVD
+
+def _pseudo_inverse(W, tol=1e-9, invert=torch.reciprocal):
+    U, S, Vh = _thin(W)
+    r = int((S > tol * S[0]).sum())
+    return Vh[:r].T * invert(S[:r]) @ U[:, :r].T
+
+
+def _draw_deficient(generator):
+    m, n = _sizes(generator)
+    return (_randn(generator, m, 2) @ _randn(generator, 2, n),)
+
+
+def pseudo_inverse(answer):
+    return grade(answer, _pseudo_inverse, _draw_deficient, MISTAKES["pseudo_inverse"],
+                 "you undid what W did and left alone what it had destroyed: a stretch by zero cannot be undone.")
+
+
+# 5 · predict the two errors of the best rank-1 approximation, S = (6, 3, 2)
+
+def errors(answer):
+    return grade_value(answer, (13 ** 0.5, 3), MISTAKES["errors"],
+                       "the whole tail counts in the Frobenius norm, only its head in the spectral norm.",
+                       hint="What is left after rank 1 has the singular values 3 and 2.", tol=3e-3)
+
+
+# 6 · the smallest rank for a given relative error
+
+def _smallest_rank(S, error, power=2, share=lambda error: error ** 2, shift=0):
+    tail = S.pow(power).flip(0).cumsum(0).flip(0) / S.pow(power).sum()  # (k,): share lost when 0, 1, ... are kept
+    return int((tail > share(error)).sum()) + shift
+
+
+def _draw_spectrum(generator):
+    k = int(torch.randint(6, 15, (1,), generator=generator))
+    S = torch.rand(k, generator=generator, dtype=torch.float64).sort(descending=True).values
+    return S, float(0.1 + 0.5 * torch.rand(1, generator=generator))
+
+
+def smallest_rank(answer):
+    return grade(answer, _smallest_rank, _draw_spectrum, MISTAKES["smallest_rank"],
+                 "S alone tells the rank that an error budget needs: no trial and error, no round numbers.", rounds=20)
+
+
+# 7 · which pairs have the same product?
+
+def _letters(answer):
+    return "".join(sorted(set(answer.lower()) & set("abcde"))) if isinstance(answer, str) else answer
+
+
+def same_product(answer):
+    return grade_value(_letters(answer), "abd", MISTAKES["same_product"],
+                       "between B and A you may always write G G^-1, the identity: a product has countless splits.",
+                       hint="Write out each product and look whether what stands between B and A is the identity.")
+
+
+# 8 · balance a given pair
+
+def _balanced(A, B):
+    return linalg.split(B @ A, len(A))
+
+
+def _weighted(weigh):
+    """A wrong split of the same matrix: `weigh(S)` gives what A's rows and B's columns are multiplied with."""
+    def split(A, B):
+        U, S, Vh = _thin(B @ A)
+        r = len(A)
+        for_A, for_B = weigh(S[:r])
+        return for_A[:, None] * Vh[:r], U[:, :r] * for_B
+    return split
+
+
+def _draw_pair(generator):
+    m, n = _sizes(generator, 5, 9)
+    r = int(torch.randint(2, 5, (1,), generator=generator))
+    return _randn(generator, r, n), _randn(generator, m, r)
+
+
+def _invariants(function):
+    """What a split is judged by: the signs of its rows and columns are free."""
+    def judged(A, B):
+        result = function(A, B)
+        if blank(result):
+            return result
+        A2, B2 = result
+        return B2 @ A2, A2 @ A2.T, B2.T @ B2
+    return judged
+
+
+def balance(answer):
+    mistakes = [Mistake(m.message, _invariants(m.answer)) for m in MISTAKES["balance"]]
+    verdict = grade(_invariants(answer), _invariants(_balanced), _draw_pair, mistakes,
+                    "of all splits this one has the smallest entries in total: weight decay pulls B and A towards it.")
+    if verdict.outcome == "not yet" and verdict.message not in [m.message for m in mistakes]:
+        verdict.message = "I compare B2 @ A2, A2 @ A2.T and B2.T @ B2 with what they should be: " + verdict.message
+    return verdict
+
+
+# 9 · the first principal direction
+
+def _pca(X, mean=lambda X: X.mean(0), pick=lambda U, Vh: Vh[0]):
+    U, _, Vh = _thin(X - mean(X))
+    return pick(U, Vh)
+
+
+def _up_to_sign(function):
+    def judged(X):
+        v = function(X)
+        return torch.outer(v, v) if isinstance(v, Tensor) and v.ndim == 1 else v
+    return judged
+
+
+def _draw_cloud(generator):
+    m, n = _sizes(generator, 4, 9)
+    return (_randn(generator, m, n) * torch.linspace(3, 0.5, n, dtype=torch.float64) + 4 * _randn(generator, n),)
+
+
+def first_direction(answer):
+    mistakes = [Mistake(m.message, _up_to_sign(m.answer)) for m in MISTAKES["first_direction"]]
+    return grade(_up_to_sign(answer), _up_to_sign(_pca), _draw_cloud, mistakes,
+                 "PCA is this and nothing more: subtract the mean, take the SVD, read the rows of Vh.")
+
+
+MISTAKES = {
+    "singular_values": [
+        Mistake("a singular value is a length and never negative: the sign of -3 goes into U or V. And the largest "
+                "comes first.", [2, -3]),
+        Mistake("a singular value is a length and never negative: the sign of -3 goes into U or V.", [-3, 2]),
+        Mistake("the right two numbers; the convention puts the largest first.", [2, 3]),
+        Mistake("a 2 x 3 matrix has min(2, 3) = 2 singular values: the third input axis goes to zero, but there is no "
+                "third output direction for it.", [3, 2, 0]),
+        Mistake("these are their squares, the eigenvalues of W W^T: take the square root.", [9, 4]),
+    ],
+    "deflate": [
+        Mistake("torch.outer(v, u) has the shape (in, out): the output direction u comes first.",
+                lambda W, u, s, v: W - s * torch.outer(v, u)),
+        Mistake("u and v have length 1, so their outer product is a pattern without its strength: multiply by s.",
+                lambda W, u, s, v: W - torch.outer(u, v)),
+        Mistake("u @ v is one number (or an error, if the lengths differ); the pattern to subtract is a matrix, an "
+                "outer product.", lambda W, u, s, v: W - s * (u @ v)),
+        Mistake("this is the pattern to be subtracted, not what is left of W.",
+                lambda W, u, s, v: s * torch.outer(u, v)),
+    ],
+    "low_rank": [
+        Mistake("this is still the bug: you take columns of Vh, turned round. The third result of torch.linalg.svd is "
+                "already transposed; the right singular vectors are its rows.", _ported),
+        Mistake("the singular values are missing: U_r @ Vh_r stretches every kept direction by 1.",
+                lambda W, r: _thin(W)[0][:, :r] @ _thin(W)[2][:r]),
+        Mistake("Vh[:, :r] takes columns of Vh, that is one coordinate of every direction; the directions are its "
+                "rows, Vh[:r].", lambda W, r: _thin(W)[0][:, :r] * _thin(W)[1][:r] @ _thin(W)[2][:, :r]),
+        Mistake("you keep all singular values: this is W itself, whatever r is.", lambda W, r: W),
+    ],
+    "pseudo_inverse": [
+        Mistake("you divide by singular values that are zero up to rounding, and the result explodes: keep only those "
+                "above tol * S[0].", lambda W, tol=0.0: _pseudo_inverse(W, -1.0)),
+        Mistake("this is W's transpose: the singular values must be inverted (1 / S).",
+                lambda W, tol=1e-9: _pseudo_inverse(W, tol, lambda S: S)),
+        Mistake("this maps inputs to outputs again, shape (m, n): the way back is V 1/S U^T, the factors transposed "
+                "and in reverse order.", lambda W, tol=1e-9: _pseudo_inverse(W, tol).T),
+    ],
+    "errors": [
+        Mistake("5 = 3 + 2: Frobenius is a length, so add squares and take the root.", (5, 3)),
+        Mistake("13 = 9 + 4 and 9 are the squares: take the roots.", (13, 9)),
+        Mistake("the spectral norm is the largest singular value of what is left, not the smallest.", (13 ** 0.5, 2)),
+        Mistake("these are the norms of what you keep; the error is what you drop.", (6, 6)),
+        Mistake("that is the other way round: Frobenius first.", (3, 13 ** 0.5)),
+    ],
+    "smallest_rank": [
+        Mistake("an error of 10 % leaves 1 % of the energy, not 10 %: square the error before you compare it with "
+                "shares of S ** 2.", lambda S, error: _smallest_rank(S, error, share=lambda e: e)),
+        Mistake("you add singular values; the Frobenius norm adds their squares.",
+                lambda S, error: _smallest_rank(S, error, power=1, share=lambda e: e)),
+        Mistake("one too few: an index starts at 0, a rank counts what is kept.",
+                lambda S, error: _smallest_rank(S, error, shift=-1)),
+        Mistake("one too many: a smaller rank already has an error of at most `error`.",
+                lambda S, error: _smallest_rank(S, error, shift=1)),
+    ],
+    "same_product": [
+        Mistake("(a) too: 2 and 1/2 cancel. It is (b) with G = 2 I.", "bd"),
+        Mistake("(d) too: an orthogonal Q is invertible, with Q^-1 = Q^T.", "ab"),
+        Mistake("(c) gives B G G A, and G G is the identity only for special G.", "abcd"),
+        Mistake("(e) does not even fit: G is (r, r), B is (out, r), and G has to stand between B and A.", "abde"),
+        Mistake("right, but (a) and (d) are special cases of it: G = 2 I and G = Q.", "b"),
+    ],
+    "balance": [
+        Mistake("the product is right, but B2 carries all of S and A2 none: give sqrt(S) to each.",
+                _weighted(lambda S: (torch.ones_like(S), S))),
+        Mistake("the product is right, but A2 carries all of S and B2 none: give sqrt(S) to each.",
+                _weighted(lambda S: (S, torch.ones_like(S)))),
+        Mistake("you gave S to both, so the product has S ** 2: give sqrt(S) to each.", _weighted(lambda S: (S, S))),
+        Mistake("you return A and B as they came: same product, not balanced.", lambda A, B: (A, B)),
+        Mistake("you return B2 first; here, as in split, A2 comes first.", lambda A, B: _balanced(A, B)[::-1]),
+    ],
+    "first_direction": [
+        Mistake("you did not subtract the mean: what you found points to where the cloud is, not to how it spreads.",
+                lambda X: _pca(X, lambda X: torch.zeros(()).to(X))),
+        Mistake("you subtracted each row's mean; the mean of the cloud is the mean of each column, X.mean(0).",
+                lambda X: _pca(X, lambda X: X.mean(1, keepdim=True))),
+        Mistake("a column of U has one entry a sample; the direction lives among the features: a row of Vh.",
+                lambda X: _pca(X, pick=lambda U, Vh: U[:, 0])),
+        Mistake("Vh[:, 0] is one coordinate of every direction; the first direction is the row Vh[0].",
+                lambda X: _pca(X, pick=lambda U, Vh: Vh[:, 0])),
+    ],
+}

@@ -1,0 +1,114 @@
+"""Checks of notebook 04: the base model."""
+
+import torch
+import torch.nn.functional as F
+
+from lora_lab.checks import Mistake, Verdict, grade, grade_value
+
+
+def _integers(generator, low, high, *shape):
+    return torch.randint(low, high, shape, generator=generator)
+
+
+MISTAKES = {
+    "mask": [
+        Mistake("that is right for 0 to 7 only: it compares with 8 and never looks at `digits`",
+                lambda y, digits: y < 8),
+        Mistake("that looks at the first and the last digit only and takes all between them as well",
+                lambda y, digits: (y >= min(digits)) & (y <= max(digits))),
+        Mistake("those are the examples to leave out: the mask is the wrong way round",
+                lambda y, digits: ~torch.isin(y, torch.tensor(digits))),
+    ],
+    "count": [
+        Mistake("the biases are missing: each layer has one for every output",
+                lambda sizes: sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))),
+        Mistake("a bias belongs to each output of a layer; you count one for each input",
+                lambda sizes: sum(a * b + a for a, b in zip(sizes, sizes[1:], strict=False))),
+        Mistake("those are the widths added up; a layer has a weight for every pair of input and output", sum),
+    ],
+    "overall": [
+        Mistake("that is the mean of two percentages; the groups differ in size, so count right answers",
+                lambda a, n, b, m: (a + b) / 2),
+        Mistake("that is the number of right answers; divide by the number of examples",
+                lambda a, n, b, m: a * n + b * m),
+    ],
+    "confusion_matrix": [
+        Mistake("rows and columns are swapped: the row is the true digit",
+                lambda t, a: torch.bincount(10 * a + t, minlength=100).reshape(10, 10)),
+        Mistake("those are shares; counts are wanted",
+                lambda t, a: (c := torch.bincount(10 * t + a, minlength=100).reshape(10, 10)) / c.sum(1, keepdim=True)),
+        Mistake("that sets a cell to 1 where it should add 1: each example counts",
+                lambda t, a: (torch.bincount(10 * t + a, minlength=100).reshape(10, 10) > 0).long()),
+    ],
+    "logit_gradient": [
+        Mistake("n times too large: F.cross_entropy is the mean over the n examples",
+                lambda z, y: z.softmax(1) - F.one_hot(y, z.shape[1])),
+        Mistake("the sign is reversed: this is the step downhill, the gradient points uphill",
+                lambda z, y: (F.one_hot(y, z.shape[1]) - z.softmax(1)) / len(z)),
+        Mistake("the softmax runs over the examples (dim 0); each example's classes must sum to 1 (dim 1)",
+                lambda z, y: (z.softmax(0) - F.one_hot(y, z.shape[1])) / len(z)),
+        Mistake("the bracket [k = y] is missing: the true class must be pushed up",
+                lambda z, y: z.softmax(1) / len(z)),
+    ],
+    "share_right": [
+        Mistake("argmax(0) runs over the examples; the largest class of each example is argmax(1)",
+                lambda z, y: (z.argmax(0) == y[:z.shape[1]]).float().mean().item()),
+        Mistake("that is the number of right answers; a share is wanted",
+                lambda z, y: (z.argmax(1) == y).sum().item()),
+        Mistake("that is the share of wrong answers", lambda z, y: (z.argmax(1) != y).float().mean().item()),
+    ],
+    "share_of_nines": [
+        Mistake("they will be answered 8, not 9: nothing ever pushes the logit of 9 up", 1.0),
+        Mistake("not even by chance: being pushed down by every batch is worse than guessing", 0.1),
+        Mistake("8 and 9 do look alike, but looking alike makes a 9 be read as 8", 0.5),
+    ],
+}
+
+
+def mask(answer) -> Verdict:
+    def draw(g):
+        return _integers(g, 0, 10, 40), tuple(torch.randperm(10, generator=g)[:3].tolist())
+
+    return grade(answer, lambda y, digits: torch.isin(y, torch.tensor(digits)), draw, MISTAKES["mask"],
+                 "every split of this course, old or new, is such a mask.")
+
+
+def count(answer) -> Verdict:
+    return grade(answer, lambda sizes: sum(a * b + b for a, b in zip(sizes, sizes[1:], strict=False)),
+                 lambda g: (_integers(g, 2, 60, 4).tolist(),), MISTAKES["count"],
+                 "counting from shapes is how LoRA's savings will be computed, without building anything.")
+
+
+def overall(answer) -> Verdict:
+    def draw(g):
+        (a, b), (n, m) = torch.rand(2, generator=g).tolist(), _integers(g, 10, 90, 2).tolist()
+        return a, n, b, m + 100
+
+    return grade(answer, lambda a, n, b, m: (a * n + b * m) / (n + m), draw, MISTAKES["overall"],
+                 "one number over all digits can hide that two of them fail completely.")
+
+
+def confusion_matrix(answer) -> Verdict:
+    return grade(answer, lambda t, a: torch.bincount(10 * t + a, minlength=100).reshape(10, 10),
+                 lambda g: (_integers(g, 0, 10, 300), _integers(g, 0, 10, 300)), MISTAKES["confusion_matrix"],
+                 "an accuracy says how often a model is wrong; this says how.")
+
+
+def logit_gradient(answer) -> Verdict:
+    def truth(z, y):
+        z.requires_grad_(True)
+        return torch.autograd.grad(F.cross_entropy(z, y), z)[0]
+
+    return grade(answer, truth, lambda g: (torch.randn(7, 5, generator=g), _integers(g, 0, 5, 7)),
+                 MISTAKES["logit_gradient"], "this is autograd's own result, and it shows why unseen classes only go down.")
+
+
+def share_right(answer) -> Verdict:
+    return grade(answer, lambda z, y: (z.argmax(1) == y).float().mean().item(),
+                 lambda g: (torch.randn(40, 3, generator=g), _integers(g, 0, 3, 40)), MISTAKES["share_right"],
+                 "a reduction over the wrong axis raises no error here; only a known answer would have shown it.")
+
+
+def share_of_nines(answer) -> Verdict:
+    return grade_value(answer, 0.0, MISTAKES["share_of_nines"], "the logit of 9 was pushed down in both trainings: exactly 0.",
+                       hint="Think of the sign of the gradient at logit 9.", tol=0.02)

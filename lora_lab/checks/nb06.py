@@ -1,0 +1,177 @@
+"""Checks of notebook 06: adapting to 8 and 9."""
+
+import torch
+
+from lora_lab.checks import NOT_ATTEMPTED, Mistake, Verdict, blank, grade, grade_value, not_yet, right
+
+
+def _pick(y, n, generator, repeat=False):
+    old = (y < 8).nonzero()[:, 0]
+    if repeat:
+        return old[torch.randint(len(old), (n,), generator=generator)]
+    return old[torch.randperm(len(old), generator=generator)[:n]]
+
+
+def _new(y):
+    return (y >= 8).nonzero()[:, 0]
+
+
+def _first_two(points):
+    return sorted({max(range(len(points)), key=lambda k: points[k][axis]) for axis in (0, 1)})
+
+
+def _front(points, beats):
+    return [k for k, p in enumerate(points) if not any(beats(q, p) for q in points)]
+
+
+def _dominates(q, p):
+    return q[0] >= p[0] and q[1] >= p[1] and q != p
+
+
+def _mixed(x, W, As, Bs, which, s):
+    return x @ W.T + s * torch.bmm(Bs[which], torch.bmm(As[which], x[:, :, None]))[:, :, 0]
+
+
+def _rows(d8, d9, first=8, second=9):
+    B = torch.zeros(10, 2)
+    B[first, 0] = B[second, 1] = 1
+    return torch.stack([d8, d9]), B
+
+
+MISTAKES = {
+    "all_ten": [
+        Mistake("that is the mean of 0 and 95 %; there are four times as many old digits as new ones", 0.475),
+        Mistake("that is the accuracy on 8 and 9 alone", 0.95),
+        Mistake("that is what is lost, not what is right", 0.81),
+    ],
+    "replay_indices": [
+        Mistake("some old examples come more than once: draw without repetition",
+                lambda y, n, g: torch.cat([_new(y), _pick(y, n, g, repeat=True)])),
+        Mistake("always the first n old examples: that is no random choice",
+                lambda y, n, g: torch.cat([_new(y), (y < 8).nonzero()[:n, 0]])),
+        Mistake("examples with label 8 or 9 are missing: all of them belong to it",
+                lambda y, n, g: torch.cat([_new(y)[:n], _pick(y, n, g)])),
+        Mistake("the replayed part contains 8s or 9s: draw it from the old digits only",
+                lambda y, n, g: torch.cat([_new(y), torch.randperm(len(y), generator=g)[:n]])),
+    ],
+    "front": [
+        Mistake("those are only the best in each number; unbeaten compromises belong to the front too", _first_two),
+        Mistake("that drops a point as soon as another is better in one number; it must be at least as good in both",
+                lambda points: _front(points, lambda q, p: (q[0] > p[0] or q[1] > p[1]) and q != p)),
+        Mistake("that keeps the points that beat nobody: the comparison is the wrong way round",
+                lambda points: _front(points, lambda q, p: _dominates(p, q))),
+        Mistake("a point that is equal in one number and worse in the other is beaten, too",
+                lambda points: _front(points, lambda q, p: q[0] > p[0] and q[1] > p[1])),
+    ],
+    "two_row_adapter": [
+        Mistake("rows 8 and 9 are exchanged", lambda d8, d9: _rows(d8, d9, 9, 8)),
+        Mistake("the order of the results: A (2, in) first, then B (10, 2)", lambda d8, d9: _rows(d8, d9)[::-1]),
+        Mistake("off by one: the row of digit 8 is number 8, counted from 0", lambda d8, d9: _rows(d8, d9, 7, 8)),
+        Mistake("both rows get the sum: then the change has rank one",
+                lambda d8, d9: (torch.stack([d8, d9]), _rows(d8, d9)[1] + _rows(d8, d9, 9, 8)[1])),
+    ],
+    "adapter_bytes": [
+        Mistake("those are numbers; each takes bytes_per_number bytes",
+                lambda shapes, r, bytes_per_number=4: sum(r * (m + n) for m, n in shapes)),
+        Mistake("that is the size of the weights themselves; the adapter stores A and B only",
+                lambda shapes, r, bytes_per_number=4: bytes_per_number * sum(m * n for m, n in shapes)),
+        Mistake("B (out, r) is missing", lambda shapes, r, bytes_per_number=4: bytes_per_number * sum(r * n for _, n in shapes)),
+    ],
+    "mixed_forward": [
+        Mistake("every example gets adapter 0: `which` is not used",
+                lambda x, W, As, Bs, which, s: x @ W.T + s * (x @ As[0].T) @ Bs[0].T),
+        Mistake("that is the mean of all adapters, for every example",
+                lambda x, W, As, Bs, which, s: x @ W.T + s * (x @ (Bs @ As).mean(0).T)),
+        Mistake("all adapters are added up, for every example",
+                lambda x, W, As, Bs, which, s: x @ W.T + s * (x @ (Bs @ As).sum(0).T)),
+        Mistake("the scale s is missing", lambda x, W, As, Bs, which, s: _mixed(x, W, As, Bs, which, 1.0)),
+    ],
+    "serve": [
+        Mistake("merged weights hold one task; the next request would need an un-merge and a new merge", "merged"),
+        Mistake("answer with one of the two words", "both"),
+    ],
+}
+
+
+def all_ten(answer) -> Verdict:
+    return grade_value(answer, 0.19, MISTAKES["all_ten"], "a total loss on eight digits looks like a bad model on ten.",
+                       hint="Right answers: none of 8,017 and 95 % of 1,983. Divide by 10,000.", tol=0.004)
+
+
+def replay_indices(answer) -> Verdict:
+    messages = [mistake.message for mistake in MISTAKES["replay_indices"]]
+    for seed, size, n in ((1, 300, 60), (2, 500, 90)):
+        y = torch.randint(10, (size,), generator=torch.Generator().manual_seed(seed))
+        k = len(_new(y))
+        picks = []
+        for draw in (3, 4):
+            try:
+                picks.append(answer(y.clone(), n, torch.Generator().manual_seed(draw)))
+            except Exception as error:
+                return not_yet(f"your function raised {type(error).__name__}: {error}")
+            if blank(picks[-1]):
+                return NOT_ATTEMPTED
+        pick = picks[0]
+        if not torch.is_tensor(pick) or pick.dtype == torch.bool or pick.ndim != 1:
+            return not_yet("a tensor of indices was expected, one axis, whole numbers")
+        new, old = pick[y[pick] >= 8], pick[y[pick] < 8]
+        if len(new.unique()) < k:
+            return not_yet(messages[2])
+        if len(new) > k:
+            return not_yet(messages[3])
+        if len(old) != n:
+            return not_yet(f"{n} old examples were expected, you have {len(old)}")
+        if len(old.unique()) < n:
+            return not_yet(messages[0])
+        if sorted(picks[0].tolist()) == sorted(picks[1].tolist()):
+            return not_yet(messages[1])
+    return right("these are the batches that keep 0 to 7 alive.")
+
+
+def front(answer) -> Verdict:
+    def draw(g):
+        return [(a, b) for a, b in torch.randint(0, 9, (14, 2), generator=g).tolist()],
+
+    return grade(answer, lambda points: _front(points, _dominates), draw, MISTAKES["front"],
+                 "the front is the honest summary of a trade-off.")
+
+
+def two_row_adapter(answer) -> Verdict:
+    def product(function):
+        def values(d8, d9):
+            result = function(d8, d9)
+            if blank(result):
+                return result
+            A, B = result
+            if A.shape != (2, len(d8)) or B.shape != (10, 2):
+                raise ValueError(f"expected A (2, {len(d8)}) and B (10, 2), got {tuple(A.shape)} and {tuple(B.shape)}")
+            return B @ A
+        return values
+
+    mistakes = [Mistake(message, product(function)) for message, function in MISTAKES["two_row_adapter"]]
+    return grade(product(answer), lambda d8, d9: (BA := _rows(d8, d9))[1] @ BA[0],
+                 lambda g: (torch.randn(7, generator=g), torch.randn(7, generator=g)), mistakes,
+                 "B says where, A says what.")
+
+
+def adapter_bytes(answer) -> Verdict:
+    def draw(g):
+        return [tuple(s) for s in torch.randint(5, 90, (3, 2), generator=g).tolist()], 3, 2
+
+    return grade(answer, lambda shapes, r, bytes_per_number=4: bytes_per_number * sum(r * (m + n) for m, n in shapes), draw,
+                 MISTAKES["adapter_bytes"], "this is why a thousand adapters fit where one model did.")
+
+
+def mixed_forward(answer) -> Verdict:
+    def draw(g):
+        n, n_out, n_in, r, m = 9, 5, 7, 2, 3
+        return (torch.randn(n, n_in, generator=g), torch.randn(n_out, n_in, generator=g),
+                torch.randn(m, r, n_in, generator=g), torch.randn(m, n_out, r, generator=g),
+                torch.randint(m, (n,), generator=g), 1.5)
+
+    return grade(answer, _mixed, draw, MISTAKES["mixed_forward"], "the base's product is shared, only the thin part differs.")
+
+
+def serve(answer) -> Verdict:
+    return grade_value(answer, "unmerged", MISTAKES["serve"], "the base is read once for a batch of many customers.",
+                       hint='Answer with "merged" or "unmerged".')

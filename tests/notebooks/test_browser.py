@@ -1,0 +1,129 @@
+"""Every notebook in a real JupyterLab in headless Chromium: opened, "Run All", looked at. One server, one page."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from lora_lab import notebooks
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (Debian: apt-get install chromium)")
+
+NOTEBOOKS = sorted(notebooks.FOLDER.glob("[0-9]*.ipynb"))
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+SETTINGS = {"@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},  # else only what is in sight is drawn
+            "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+            "@jupyterlab/docmanager-extension/plugin": {"autosave": False}}
+
+# Driven by commands, not by clicks: the promise of run-all resolves when every cell has run.
+RUN = """async ([path, limit]) => {
+  const app = window.jupyterapp;
+  const panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook'});
+  await panel.context.ready;
+  await panel.sessionContext.ready;
+  await panel.sessionContext.session.kernel.info;
+  const late = new Promise((_, no) => setTimeout(() => no(new Error('the run took too long')), limit));
+  await Promise.race([app.commands.execute('notebook:run-all-cells'), late]);
+}"""
+CELLS = """() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"""
+PICTURES = """() => [...window.jupyterapp.shell.currentWidget.node.querySelectorAll('.jp-Cell img')]
+    .map(image => [image.alt || '', image.complete && image.naturalWidth > 0])"""
+CLOSE = """async () => {
+  const panel = window.jupyterapp.shell.currentWidget;
+  await panel.sessionContext.shutdown();
+  await panel.context.revert();
+  panel.dispose();
+}"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A JupyterLab on a copy of the notebooks, with settings of its own; gives its address and token."""
+    own = tmp_path_factory.mktemp("jupyter")
+    for name, values in SETTINGS.items():
+        file = own / "settings" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    shutil.copytree(notebooks.FOLDER, own / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    env = os.environ | {"JUPYTER_CONFIG_DIR": str(own / "config"), "JUPYTER_RUNTIME_DIR": str(own / "runtime"),
+                        "JUPYTERLAB_SETTINGS_DIR": str(own / "settings"),
+                        "JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces")}
+    with (own / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--IdentityProvider.token={token}",
+             f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1",
+             f"--ServerApp.root_dir={own / 'notebooks'}", "--LabApp.news_url=", "--LabApp.expose_app_in_browser=True",
+             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+            env=env, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/api?token={token}", timeout=1)
+                break
+            except (OSError, urllib.error.URLError):
+                assert process.poll() is None, (own / "log").read_text()
+                time.sleep(0.25)
+        yield address, token
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    """The one page, which notes page errors and every request that leaves this machine."""
+    address, token = server
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1000, "height": 1300})
+        page.wrong = []
+        page.on("pageerror", lambda error: page.wrong.append(f"page error: {error}"))
+        page.on("request", lambda request: page.wrong.append(f"external request: {request.url}")
+                if not request.url.startswith((address, "data:", "blob:")) else None)
+        page.on("websocket", lambda opened: page.wrong.append(f"external socket: {opened.url}")
+                if not opened.url.startswith(address.replace("http", "ws")) else None)
+        page.goto(f"{address}/lab?token={token}&reset")
+        page.wait_for_function("() => window.jupyterapp?.shell?.isAttached", timeout=120_000)
+        page.evaluate("() => window.jupyterapp.started")
+        yield page
+        browser.close()
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_run_all_in_jupyterlab(page, path, record_property):
+    page.wrong.clear()
+    page.set_default_timeout(360_000)
+    page.evaluate(RUN, [path.name, 300_000])
+    cells = [cell for cell in page.evaluate(CELLS) if cell["cell_type"] == "code" and cell["source"]]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))  # all of them ran, just now
+    errors = [output for cell in cells if "raises-exception" not in cell["metadata"].get("tags", [])
+              for output in cell["outputs"] if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert not errors
+    stored = [output for cell in notebooks.read(path).cells if cell.cell_type == "code" for output in cell.outputs
+              if "image/png" in output.get("data", {})]
+    pictures = page.evaluate(PICTURES)
+    assert len(pictures) >= len(stored)
+    assert all(alt.strip() and "No description" not in alt and drawn for alt, drawn in pictures), pictures
+    page.evaluate(CLOSE)
+    assert not page.wrong
+    record_property("notebooks run in a browser", 1)

@@ -1,0 +1,196 @@
+"""The exercise checks are sharp: stubs, constants and every classic mistake are told apart from the solution."""
+
+import ast
+import importlib
+import inspect
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lora_lab import checks, notebooks
+from lora_lab.checks import Mistake, grade, grade_value
+
+NOTEBOOKS = sorted(notebooks.FOLDER.glob("[0-9]*.ipynb"))
+
+
+def check_module(path):
+    return importlib.import_module(f"lora_lab.checks.nb{path.name[:2]}")
+
+
+def listed():
+    """Each exercise with what its tests need, the notebook's import cell included."""
+    for path in NOTEBOOKS:
+        nb = notebooks.read(path)
+        for exercise in notebooks.exercises(nb):
+            yield SimpleNamespace(id=f"{path.name[:2]}-{exercise.name}", name=exercise.name, module=check_module(path),
+                                  imports=nb.cells[1].source, stub=nb.cells[exercise.stub].source,
+                                  solution=exercise.solution, call=nb.cells[exercise.check].source)
+
+
+EXERCISES = list(listed())
+MISTAKES = [(e, mistake) for e in EXERCISES for mistake in e.module.MISTAKES.get(e.name, [])]
+every_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
+
+
+@cache
+def namespace(imports):
+    names = {}
+    exec(imports, names)
+    return names
+
+
+def answers(exercise, source):
+    """The arguments that the check's cell hands over after the import cell and `source` have run."""
+    names = dict(namespace(exercise.imports))
+    exec(source, names)
+    call = ast.parse(exercise.call.strip(), mode="eval").body
+    return [eval(compile(ast.Expression(argument), exercise.id, "eval"), names) for argument in call.args]
+
+
+def verdict(exercise, *given):
+    return getattr(exercise.module, exercise.name)(*given)
+
+
+@every_exercise
+def test_a_stub_is_not_attempted(exercise, record_property):
+    assert verdict(exercise, *answers(exercise, exercise.stub)).outcome == "not attempted"
+    record_property("stubs that are \"not attempted\"", 1)
+
+
+@every_exercise
+def test_a_solution_is_right(exercise, record_property):
+    said = verdict(exercise, *answers(exercise, exercise.solution))
+    assert said.outcome == "right" and len(said.message) > 20, said
+    record_property("solutions that are \"right\"", 1)
+
+
+@pytest.mark.parametrize("exercise, mistake", MISTAKES, ids=[
+    f"{e.id}-{e.module.MISTAKES[e.name].index(mistake)}" for e, mistake in MISTAKES])
+def test_a_classic_mistake_gets_its_own_message(exercise, mistake, record_property):
+    said = verdict(exercise, mistake.answer)
+    assert (said.outcome, said.message) == ("not yet", mistake.message)
+    record_property("classic mistakes, each told by its own message", 1)
+
+
+@every_exercise
+def test_at_least_two_mistakes_with_messages_that_differ(exercise):
+    messages = [mistake.message for mistake in exercise.module.MISTAKES.get(exercise.name, [])]
+    assert len(messages) >= 2 and len(set(messages)) == len(messages)
+    assert all(len(message.split()) >= 4 for message in messages)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_module_holds_the_notebooks_checks_and_no_others(path):
+    module = check_module(path)
+    used = {exercise.name for exercise in notebooks.exercises(notebooks.read(path))}
+    assert used == set(module.MISTAKES)
+    public = {name for name, value in vars(module).items()
+              if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")}
+    assert used == public
+
+
+# --- answers that know nothing ----------------------------------------------------------------------------------
+
+def nothing_like(result):
+    """Zeros of the same kind and shape as a result."""
+    if isinstance(result, torch.Tensor | np.ndarray):
+        return result * 0
+    if isinstance(result, (list, tuple)):
+        return type(result)(map(nothing_like, result))
+    return type(result)() if isinstance(result, (bool, int, float, str)) else result
+
+
+def ignorant(solution):
+    """Functions that do not look at their arguments: constants, zeros of the right shape, the first right result."""
+    yield from [(repr(value), lambda *a, value=value, **k: value) for value in (0, 1, True, "", [], torch.zeros(2, 3))]
+    yield "zeros of the right shape", lambda *a, **k: nothing_like(solution(*a, **k))
+    kept = []
+
+    def first_result(*a, **k):
+        kept[:] = kept or [solution(*a, **k)]
+        return kept[0]
+
+    yield "the first result for ever", first_result
+
+
+@pytest.mark.parametrize("exercise", [e for e in EXERCISES if "def " in e.stub], ids=lambda e: e.id)
+def test_a_function_that_ignores_its_arguments_is_not_right(exercise):
+    for value in (0, 1, "", torch.zeros(3, 2)):
+        assert verdict(exercise, value).outcome == "not yet", value
+    solution, = answers(exercise, exercise.solution)
+    if isinstance(solution, type):
+        return
+    for name, answer in ignorant(solution):
+        assert verdict(exercise, answer).outcome == "not yet", name
+
+
+@every_exercise
+def test_an_answer_of_the_wrong_kind_gets_a_verdict_and_no_trace(exercise):
+    for value in ("seven", object(), lambda: 1, [], {}):
+        assert verdict(exercise, value).outcome == "not yet", value
+
+
+# --- grade and grade_value --------------------------------------------------------------------------------------
+
+def double(answer, mistakes=(), **options):
+    return grade(answer, lambda x: 2 * x, lambda g: [torch.randn(3, 5, generator=g)], mistakes, "because", **options)
+
+
+@pytest.mark.parametrize("answer, outcome, words", [
+    (lambda x: x + x, "right", "because"),
+    (lambda x: ..., "not attempted", "replace the ..."),
+    (lambda x: None, "not attempted", "replace the ..."),
+    (lambda x: (2 * x).T, "not yet", "shape (3, 5) was expected, yours is (5, 3)"),
+    (lambda x: 3 * x, "not yet", "the shape (3, 5) is right, the values are not"),
+    (lambda x: 2 * x + float("nan"), "not yet", "values are not"),
+    (lambda x: 1 / 0, "not yet", "ZeroDivisionError: division by zero  (called with tensor (3, 5))"),
+    (lambda x: x @ x, "not yet", "RuntimeError"),
+    (lambda: 1, "not yet", "TypeError"),
+    (lambda x: x.mul_(2), "right", "because"),
+    (lambda x: "text", "not yet", "shape (3, 5) was expected"),
+    (lambda x: 2 * x.sum(), "not yet", "shape (3, 5) was expected, yours is ()")])
+def test_grade_tells_a_wrong_shape_from_a_wrong_value(answer, outcome, words):
+    said = double(answer)
+    assert said.outcome == outcome and words in said.message, said
+
+
+def test_grade_recognises_a_mistake_by_what_it_does():
+    mistakes = [Mistake("thrice", lambda x: 3 * x), Mistake("raises", lambda x: x @ x)]
+    assert double(lambda x: x + x + x, mistakes).message == "thrice"
+    assert double(lambda x: torch.mm(x, x), mistakes).message == "raises"
+    assert "values are not" in double(lambda x: 4 * x, mistakes).message
+
+
+def test_grade_draws_the_same_each_time_and_several_times():
+    drawn = []
+    for _ in range(2):
+        double(lambda x: drawn.append(x) or 2 * x, rounds=4)
+    assert len(drawn) == 8 and all(torch.equal(a, b) for a, b in zip(drawn[:4], drawn[4:], strict=True))
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("answer, outcome, words", [
+    (7, "right", "because"), (7.0, "right", "because"), (torch.tensor(7), "right", "because"),
+    (..., "not attempted", "replace"), (None, "not attempted", "replace"), (8, "not yet", "one too many"),
+    (9, "not yet", "9 is not it. Count again"), ("7", "not yet", "Count again"), (True, "not yet", "Count again"),
+    ([7], "not yet", "Count again"), (float("nan"), "not yet", "Count again")])
+def test_grade_value(answer, outcome, words):
+    said = grade_value(answer, 7, [Mistake("one too many", 8)], "because", hint="Count again")
+    assert said.outcome == outcome and words in said.message, said
+
+
+@pytest.mark.parametrize("a, b, equal", [
+    ((1, 2), [1, 2], True), ((1, 2), (1, 2, 3), False), (True, True, True), (True, 1, False), ("a", "a", True),
+    (torch.ones(2), np.ones(2), True), (torch.ones(2, 1), torch.ones(2), False), (1e-9, 0, True), (1e6, 1e6 + 1, True),
+    (1, 1.01, False), (torch.tensor([]), torch.tensor([]), True), ({}, 1, False)])
+def test_same(a, b, equal):
+    assert checks.same(a, b) is equal
+
+
+def test_a_verdict_is_shown_in_words_and_escaped():
+    said = checks.not_yet("shape <3>")
+    assert repr(said) == "✘ not yet: shape <3>" and "&lt;3&gt;" in said._repr_html_()
+    assert len({checks.Verdict(outcome, "")._repr_html_() for outcome in checks.Verdict.SIGNS}) == 3
