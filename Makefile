@@ -1,5 +1,5 @@
 # LoRA Lab. Needs Python 3.11 or newer and make; the first run needs the network once.
-# What the set-up does, and its error messages, are in lora_lab/setup_env.py.
+# What the set-up does, and its error messages, are in tools/setup_env.py.
 
 PORT ?=
 # The Python that makes .venv: the one you name (make lab PYTHON=python3.12), or the first of these that runs.
@@ -23,7 +23,7 @@ help:
 define setup
 @for python in $(PYTHONS); do \
     if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
-    then exec $$python -I lora_lab/setup_env.py $(1); fi; \
+    then exec $$python -I tools/setup_env.py $(1); fi; \
 done; \
 for python in $(PYTHONS); do found=$$($$python --version 2>&1) && break; found="no Python"; done; \
 echo "LoRA Lab needs Python 3.11 or newer; found here: $$found. Install one (python.org or your system's packages)" \
@@ -40,7 +40,7 @@ lab:
 	$(call setup,lab $(PORT))
 
 check: env
-	@$(PY) -I lora_lab/setup_env.py check
+	@$(PY) -m lora_lab.environment
 
 # Two workers with one thread each are faster than two that fight for both cores: hence OMP_NUM_THREADS=1.
 test: env-test
@@ -56,20 +56,21 @@ test-unit: env-test
 test-notebooks: env-test
 	@echo "== 2 of 3: every cell of every notebook gives what is stored"
 	OMP_NUM_THREADS=1 $(PY) -m pytest --nbval notebooks -n 2 --dist loadfile --nbval-current-env \
-	    --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider
+	    --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider \
+	    -p tests.nbval_strict
 
 test-solved: env-test
 	@echo "== 3 of 3: the notebooks with their exercises solved, and in a browser"
-	$(PY) -m pytest tests/notebooks
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/notebooks -n 2 --dist loadfile
 
 bench: env-test
 	$(PY) -m benchmarks
 
 notebooks: env-test
-	$(PY) -m lora_lab.notebooks run
+	$(PY) -m tools.notebooks run
 
 editions: env
-	$(PY) -m lora_lab.notebooks editions
+	$(PY) -m tools.notebooks editions
 
 clean:
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis build editions *.egg-info

@@ -60,7 +60,8 @@ def _cases():
     inside a network."""
     yield "MLP, batch 128", MLP(), torch.randn(128, 784), [(512, 784), (256, 512), (10, 256)]
     for name, width, rows in (("1024 x 1024, batch 32", 1024, (32,)), ("768 x 768, input (8, 64, 768)", 768, (8, 64))):
-        yield name, nn.Sequential(nn.Linear(width, width)), torch.randn(*rows, width, requires_grad=True), [(width, width)]
+        x = torch.randn(*rows, width, requires_grad=True)
+        yield name, nn.Sequential(nn.Linear(width, width)), x, [(width, width)]
 
 
 def _step(model, x):

@@ -8,7 +8,7 @@ import time
 import psutil
 
 from benchmarks.timing import markdown
-from lora_lab.notebooks import execute, paths, read
+from tools.notebooks import execute, paths, read
 
 
 class _Peak(threading.Thread):

@@ -18,7 +18,8 @@ class ClaimBroken(AssertionError):
 
 class _Claim:
     def __init__(self, statement, source, measured, verdict, correction):
-        self.record = dict(statement=statement, source=source, measured=measured, verdict=verdict, correction=correction)
+        self.record = dict(statement=statement, source=source, measured=measured, verdict=verdict,
+                           correction=correction)
 
     def rows(self):
         r = self.record
@@ -42,7 +43,7 @@ def claim(statement: str, *, source: str, measured: str, holds: bool, verdict: s
 
     `holds` is the evidence for the *verdict*, computed from this run's numbers with a margin: for "confirmed" that the
     statement is true, for "corrected" that the statement is wrong and `correction` is right, for "not seen" that the
-    effect is absent here (`correction` says what is seen instead). "open" is for a claim that a later notebook will test.
+    effect is absent here (`correction` says what is seen instead). "open": a later notebook will test it.
     Write ≈ before each number in `measured` that comes out of training: the notebook tests compare all the rest.
     The index of claims is made from what this shows.
     """

@@ -39,7 +39,7 @@ def exact_rank(matrix) -> int:
 
 
 def numerical_rank(W: Tensor, tol: float | None = None) -> int:
-    """How many singular values of W (m, n) exceed `tol`; by default max(m, n) * eps * sigma_1, as numpy and torch do."""
+    """How many singular values of W (m, n) exceed `tol`; by default max(m, n) * eps * sigma_1, as in numpy."""
     S = torch.linalg.svdvals(W)
     if S.numel() == 0:
         return 0

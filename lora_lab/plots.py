@@ -18,7 +18,8 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#5
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))]
 STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "lines.markersize": 5}
+         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
+         "lines.markersize": 5}
 
 
 class _Picture:
@@ -39,7 +40,7 @@ class _Picture:
 
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.6), **options):
-    """A figure in the course's style and its axes (as from plt.subplots), for a picture of your own: end with `show`."""
+    """A figure in the course's style and its axes, as from plt.subplots, for a picture of your own: end with `show`."""
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=size, layout="constrained")
         return fig, fig.subplots(rows, columns, **options)
@@ -66,8 +67,9 @@ def curves(series: dict, *, title: str, xlabel: str, ylabel: str, alt: str, logx
     draw_curves(ax, series)
     for text, level in (marks or {}).items():
         ax.axhline(level, color="0.45", linewidth=1, linestyle=(0, (6, 3)))
-        ax.annotate(text, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5, color="0.3")
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+        ax.annotate(text, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
     if ylim:
         ax.set_ylim(ylim)
     if len(series) > 1:
@@ -84,7 +86,8 @@ def draw_curves(ax, series: dict) -> None:
             ax.fill_between(x, *band, color=COLOURS[k % len(COLOURS)], alpha=0.18, linewidth=0)
 
 
-def bars(values: dict, *, title: str, ylabel: str, alt: str, ylim=None, errors=None, fmt="{:.1f}", size=(6.4, 3.2)) -> None:
+def bars(values: dict, *, title: str, ylabel: str, alt: str, ylim=None, errors=None, fmt="{:.1f}",
+         size=(6.4, 3.2)) -> None:
     """Bars with their value above: {label: value}, or {label: {group: value}} for grouped ones."""
     fig, ax = figure(size=size)
     grouped = {label: v if isinstance(v, dict) else {"": v} for label, v in values.items()}
@@ -93,8 +96,8 @@ def bars(values: dict, *, title: str, ylabel: str, alt: str, ylim=None, errors=N
     for k, group in enumerate(groups):
         at = np.arange(len(grouped)) + (k - (len(groups) - 1) / 2) * width
         heights = [v[group] for v in grouped.values()]
-        drawn = ax.bar(at, heights, width * 0.94, color=COLOURS[k], hatch=["", "//", "..", "xx"][k % 4], edgecolor="white",
-                       label=group, yerr=errors if len(groups) == 1 else None, capsize=3)
+        drawn = ax.bar(at, heights, width * 0.94, color=COLOURS[k], hatch=["", "//", "..", "xx"][k % 4], label=group,
+                       edgecolor="white", yerr=errors if len(groups) == 1 else None, capsize=3)
         ax.bar_label(drawn, [fmt.format(h) for h in heights], fontsize=8.5, padding=2)
     ax.set_xticks(np.arange(len(grouped)), list(grouped))
     ax.grid(False, axis="x")
@@ -106,13 +109,15 @@ def bars(values: dict, *, title: str, ylabel: str, alt: str, ylim=None, errors=N
     show(fig, alt)
 
 
-def images(pictures, captions=None, *, title: str, alt: str, columns: int = 8, scale: float = 1.0, signed=False) -> None:
+def images(pictures, captions=None, *, title: str, alt: str, columns: int = 8, scale: float = 1.0,
+           signed: bool = False) -> None:
     """Grey pictures in rows: (n, h, w), or flat MNIST digits (n, 784). `signed`: a blue-white-red scale around zero."""
     pictures = [np.asarray(p, dtype=float) for p in pictures]
     pictures = [p.reshape(28, 28) if p.size == 784 else p.squeeze() for p in pictures]
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    fig, axes = figure(rows, columns, size=(1.05 * columns * scale, (1.05 + 0.22 * bool(captions)) * rows * scale + 0.35), squeeze=False)
+    size = 1.05 * columns * scale, (1.05 + 0.22 * bool(captions)) * rows * scale + 0.35
+    fig, axes = figure(rows, columns, size=size, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for k, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=False)):
@@ -147,7 +152,8 @@ def draw_heatmap(ax, matrix, xlabel="", ylabel="", xticks=None, yticks=None, num
     if numbers:
         for (i, j), value in np.ndenumerate(matrix):
             bright = value > low + 0.6 * (high - low)
-            ax.text(j, i, numbers.format(value), ha="center", va="center", fontsize=8, color="black" if bright else "white")
+            ax.text(j, i, numbers.format(value), ha="center", va="center", fontsize=8,
+                    color="black" if bright else "white")
     ax.figure.colorbar(drawn, ax=ax, shrink=0.85)
 
 

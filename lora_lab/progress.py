@@ -41,7 +41,7 @@ class progress(tqdm):
         if self.in_notebook:
             options |= {"gui": True, "leave": True}  # gui: tqdm prints nothing by itself
         super().__init__(*args, **options)
-        if self.in_notebook:
+        if self.in_notebook and not self.disable:
             self.handle = display(_Line(f"{self.desc or ''} …", 0), display_id=True)
 
     def display(self, *args, **options):
@@ -49,8 +49,10 @@ class progress(tqdm):
             return super().display(*args, **options)
         if self.handle is not None:
             done = self.format_dict
-            left = f", {(done['total'] - done['n']) / done['rate']:.0f} s left" if done["rate"] and done["total"] else ""
-            text = f"{self.desc or ''}: {done['n']:,} of {done['total'] or '?':,}{left}"
+            known = done["rate"] and done["total"]
+            left = f", {(done['total'] - done['n']) / done['rate']:.0f} s left" if known else ""
+            total = f" of {done['total']:,}" if done["total"] else ""
+            text = f"{self.desc or ''}: {done['n']:,}{total}{left}"
             self.handle.update(_Line(text, done["n"] / done["total"] if done["total"] else 0))
 
     def close(self):

@@ -35,4 +35,4 @@ RunningKernel.await_reply = await_reply
 
 def pytest_runtest_setup(item):
     if isinstance(item, IPyNbCell) and item.cell.source.strip() and item.cell.execution_count is None:
-        pytest.fail("never run, so there is nothing to compare: python -m lora_lab.notebooks run", pytrace=False)
+        pytest.fail("never run, so there is nothing to compare: python -m tools.notebooks run", pytrace=False)

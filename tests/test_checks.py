@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lab import checks, notebooks
+from lora_lab import checks
 from lora_lab.checks import Mistake, grade, grade_value
+from tools import notebooks
 
 NOTEBOOKS = sorted(notebooks.FOLDER.glob("[0-9]*.ipynb"))
 

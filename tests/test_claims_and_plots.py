@@ -15,8 +15,9 @@ from nbformat.v4 import new_code_cell, new_notebook
 from nbval.plugin import get_sanitize_patterns
 from PIL import Image
 
-from lora_lab import claims, notebooks, plots
+from lora_lab import claims, plots
 from lora_lab.claims import ClaimBroken, claim
+from tools import notebooks
 
 SANITIZE = dict(get_sanitize_patterns((Path(__file__).parent / "nbval_sanitize.cfg").read_text(encoding="utf-8")))
 SAID = dict(source="Hu et al. 2021, section 1", measured="≈ 97.3 % <of> 10,000")

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from lora_lab import notebooks
+from tools import notebooks
 
 NOTEBOOKS = sorted(notebooks.FOLDER.glob("[0-9]*.ipynb"))
 COURSE = ["00_start_here", "01_matrix_rank", "02_svd", "03_low_rank_approximation", "04_mnist_base_model",
@@ -134,7 +134,7 @@ def test_code_cells_are_short(nb):
 def test_every_code_cell_was_run_in_order(nb):
     """A cell without a number compares nothing under nbval, whatever it shows."""
     assert [cell.execution_count for cell in code(nb)] == list(range(1, len(code(nb)) + 1)), (
-        "run: python -m lora_lab.notebooks run " + nb.path.name[:2])
+        "run: python -m tools.notebooks run " + nb.path.name[:2])
 
 
 def test_no_error_and_nothing_on_stderr(nb):
@@ -283,7 +283,7 @@ def test_every_claim_has_its_record(nb, record_property):
 
 def test_the_index_of_claims_is_up_to_date():
     index = notebooks.FOLDER / "CLAIMS.md"
-    again = "run python -m lora_lab.notebooks index"
+    again = "run python -m tools.notebooks index"
     assert index.exists(), again
     assert index.read_text(encoding="utf-8") == notebooks.claims_index(), again
 

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 from packaging.requirements import Requirement
 
-from lora_lab import setup_env
+from lora_lab import environment
+from tools import setup_env
 
 ROOT = Path(__file__).resolve().parents[1]
 CONDA_NAMES = {"pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}  # conda-forge's name: PyPI's name
@@ -250,13 +251,13 @@ def test_a_port_that_is_none(course, port):
 # --- the report of notebook 00 ------------------------------------------------------------------------------------
 
 def test_the_report_is_all_ok_where_the_tests_run():
-    assert [check for check in setup_env.environment_report() if not check.ok] == []
+    assert [check for check in environment.environment_report() if not check.ok] == []
 
 
 def test_the_report_explains_a_missing_package_an_old_one_and_a_missing_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(setup_env, "_requirements", lambda: ["no_such_package>=1", "numpy>=999"])
-    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
-    failed = {check.name: check for check in setup_env.environment_report() if not check.ok}
+    monkeypatch.setattr(environment, "_requirements", lambda: ["no_such_package>=1", "numpy>=999"])
+    monkeypatch.setattr(environment, "RAW", tmp_path)
+    failed = {check.name: check for check in environment.environment_report() if not check.ok}
     assert failed.keys() == {"no_such_package", "numpy", "MNIST files"}
     assert "No module named" in failed["no_such_package"].detail
     assert "the course needs numpy>=999" in failed["numpy"].remedy

@@ -5,6 +5,7 @@ A check is called as `check.rank_of_product(answer)` in the cell under the exerc
 A wrong answer that behaves like a known mistake gets that mistake's own message.
 """
 
+import copy
 import html
 import inspect
 from collections.abc import Callable, Sequence
@@ -63,7 +64,8 @@ def same(a, b, tol: float = 1e-4) -> bool:
         a, b = _array(a), _array(b)
     except (TypeError, ValueError):
         return False
-    return a.shape == b.shape and bool(np.allclose(a, b, rtol=tol, atol=tol * max(1.0, float(np.abs(b).max(initial=0)))))
+    size = max(1.0, float(np.abs(b).max(initial=0)))
+    return a.shape == b.shape and bool(np.allclose(a, b, rtol=tol, atol=tol * size))
 
 
 def grade(answer: Callable, truth: Callable, draw: Callable[[torch.Generator], Sequence], mistakes: Sequence[Mistake],
@@ -79,7 +81,8 @@ def grade(answer: Callable, truth: Callable, draw: Callable[[torch.Generator], S
             got = answer(*_copies(arguments))
         except Exception as error:  # whatever the reader's code raises is the reader's to see
             known = _recognise(answer, cases, mistakes, tol)
-            return not_yet(known or f"your function raised {type(error).__name__}: {error}  (called with {_describe(arguments)})")
+            raised = f"your function raised {type(error).__name__}: {error}  (called with {_describe(arguments)})"
+            return not_yet(known or raised)
         if blank(got):
             return NOT_ATTEMPTED
         verdict = verdict or _difference(got, truth(*_copies(arguments)), arguments, tol)
@@ -146,7 +149,8 @@ def _array(value) -> np.ndarray:
 
 
 def _short(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value.item() if isinstance(value, torch.Tensor) else value)
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _describe(values) -> str:
@@ -165,4 +169,4 @@ def _describe(values) -> str:
 
 def _copies(arguments):
     """Fresh arguments for each call: an answer that works in place must not change the next one's."""
-    return [a.clone() if isinstance(a, torch.Tensor) else a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
+    return [copy.deepcopy(a) if isinstance(a, torch.Tensor | np.ndarray) else a for a in arguments]

@@ -16,7 +16,8 @@ MISTAKES = {
         Mistake("that is the share that is NOT trained", lambda trained, total: 100 * (1 - trained / total)),
     ],
     "linear": [
-        Mistake("(n, in) @ (out, in) does not fit: the inner sizes must be equal, so W is transposed", lambda x, W: x @ W),
+        Mistake("(n, in) @ (out, in) does not fit: the inner sizes must be equal, so W is transposed",
+                lambda x, W: x @ W),
         Mistake("the values are right, but examples are columns now: rows in, rows out", lambda x, W: W @ x.T),
     ],
 }

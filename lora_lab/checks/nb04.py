@@ -100,7 +100,7 @@ def logit_gradient(answer) -> Verdict:
         return torch.autograd.grad(F.cross_entropy(z, y), z)[0]
 
     return grade(answer, truth, lambda g: (torch.randn(7, 5, generator=g), _integers(g, 0, 5, 7)),
-                 MISTAKES["logit_gradient"], "this is autograd's own result, and it shows why unseen classes only go down.")
+                 MISTAKES["logit_gradient"], "autograd agrees; it is also why unseen classes only go down.")
 
 
 def share_right(answer) -> Verdict:
@@ -110,5 +110,5 @@ def share_right(answer) -> Verdict:
 
 
 def share_of_nines(answer) -> Verdict:
-    return grade_value(answer, 0.0, MISTAKES["share_of_nines"], "the logit of 9 was pushed down in both trainings: exactly 0.",
+    return grade_value(answer, 0.0, MISTAKES["share_of_nines"], "the logit of 9 is pushed down in both trainings.",
                        hint="Think of the sign of the gradient at logit 9.", tol=0.02)

@@ -118,7 +118,7 @@ def lora_gradients(answer) -> Verdict:
         return _normal(g, n_out, n_in), _normal(g, r, n_in), _normal(g, n_out, r), 1.5
 
     return grade(answer, lambda G, A, B, s: (s * B.T @ G, s * G @ A.T), draw, MISTAKES["lora_gradients"],
-                 "neither ever forms more than r rows or columns if G is not formed either: that is LoRA's saving in memory.")
+                 "dA contains B and dB contains A: the next section lives on that.")
 
 
 def moves_first(answer) -> Verdict:
@@ -142,7 +142,7 @@ def new_adapter(answer) -> Verdict:
         if A.shape == (r, n_out) or B.shape == (n_in, r):
             return not_yet(by_message[0])
         if A.shape != (r, n_in) or B.shape != (n_out, r):
-            return not_yet(f"for a weight ({n_out}, {n_in}) and r = {r}: expected A ({r}, {n_in}) and B ({n_out}, {r}), "
+            return not_yet(f"weight ({n_out}, {n_in}), r = {r}: expected A ({r}, {n_in}) and B ({n_out}, {r}), "
                            f"yours are {tuple(A.shape)} and {tuple(B.shape)}")
         if (B != 0).any():
             return not_yet(by_message[1])
@@ -171,7 +171,8 @@ def adapted(answer) -> Verdict:
         return _normal(g, n, n_in), _normal(g, n_out, n_in), _normal(g, r, n_in), _normal(g, n_out, r), 1.5
 
     mistakes = [Mistake(message, with_gradient(function)) for message, function in MISTAKES["adapted"]]
-    return grade(with_gradient(answer), with_gradient(lambda x, W, A, B, s: x @ W.T + s * (x @ A.T) @ B.T), draw, mistakes,
+    truth = with_gradient(lambda x, W, A, B, s: x @ W.T + s * (x @ A.T) @ B.T)
+    return grade(with_gradient(answer), truth, draw, mistakes,
                  "output and gradient are right: earlier adapters learn from true gradients.")
 
 
@@ -208,5 +209,6 @@ def merged_weight(answer) -> Verdict:
 
 
 def times_counted(answer) -> Verdict:
-    return grade_value(answer, 2, MISTAKES["times_counted"], "the file must hold either W with A and B, or W + s B A alone.",
+    return grade_value(answer, 2, MISTAKES["times_counted"],
+                       "the file must hold either W with A and B, or W + s B A alone.",
                        hint="Count the places in the saved file that contain the change.")

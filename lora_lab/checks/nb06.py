@@ -75,7 +75,8 @@ MISTAKES = {
                 lambda shapes, r, bytes_per_number=4: sum(r * (m + n) for m, n in shapes)),
         Mistake("that is the size of the weights themselves; the adapter stores A and B only",
                 lambda shapes, r, bytes_per_number=4: bytes_per_number * sum(m * n for m, n in shapes)),
-        Mistake("B (out, r) is missing", lambda shapes, r, bytes_per_number=4: bytes_per_number * sum(r * n for _, n in shapes)),
+        Mistake("B (out, r) is missing",
+                lambda shapes, r, bytes_per_number=4: bytes_per_number * sum(r * n for _, n in shapes)),
     ],
     "mixed_forward": [
         Mistake("every example gets adapter 0: `which` is not used",
@@ -158,8 +159,11 @@ def adapter_bytes(answer) -> Verdict:
     def draw(g):
         return [tuple(s) for s in torch.randint(5, 90, (3, 2), generator=g).tolist()], 3, 2
 
-    return grade(answer, lambda shapes, r, bytes_per_number=4: bytes_per_number * sum(r * (m + n) for m, n in shapes), draw,
-                 MISTAKES["adapter_bytes"], "this is why a thousand adapters fit where one model did.")
+    def truth(shapes, r, bytes_per_number=4):
+        return bytes_per_number * sum(r * (m + n) for m, n in shapes)
+
+    return grade(answer, truth, draw, MISTAKES["adapter_bytes"],
+                 "this is why a thousand adapters fit where one model did.")
 
 
 def mixed_forward(answer) -> Verdict:
@@ -169,7 +173,8 @@ def mixed_forward(answer) -> Verdict:
                 torch.randn(m, r, n_in, generator=g), torch.randn(m, n_out, r, generator=g),
                 torch.randint(m, (n,), generator=g), 1.5)
 
-    return grade(answer, _mixed, draw, MISTAKES["mixed_forward"], "the base's product is shared, only the thin part differs.")
+    return grade(answer, _mixed, draw, MISTAKES["mixed_forward"],
+                 "the base's product is shared, only the thin part differs.")
 
 
 def serve(answer) -> Verdict:

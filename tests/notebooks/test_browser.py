@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 
-from lora_lab import notebooks
+from tools import notebooks
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

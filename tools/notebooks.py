@@ -1,8 +1,8 @@
 """For authors and teachers: run the notebooks, make the index of claims, make the editions for a class.
 
-    python -m lora_lab.notebooks run [NAME ...]     run in fresh kernels, clean, store, measure; then the index
-    python -m lora_lab.notebooks index              notebooks/CLAIMS.md from the stored outputs
-    python -m lora_lab.notebooks editions [FOLDER]  an instructor's copy (solved, run) and a handout (no solutions)
+    python -m tools.notebooks run [NAME ...]     run in fresh kernels, clean, store, measure; then the index
+    python -m tools.notebooks index              notebooks/CLAIMS.md from the stored outputs
+    python -m tools.notebooks editions [FOLDER]  an instructor's copy (solved, run) and a handout (no solutions)
 
 An exercise is three or more cells in a row: a code cell tagged "exercise" (the stub), a code cell tagged "check", and
 markdown cells tagged "solution" with <details>; the Python block of the one whose summary says "Solution" replaces the
@@ -21,6 +21,8 @@ from typing import NamedTuple
 import nbformat
 from nbclient import NotebookClient
 from nbconvert.preprocessors import TagRemovePreprocessor
+
+from lora_lab.claims import VERDICTS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOLUTION = re.compile(r"<summary>Solution.*?</summary>\s*```python\n(.*?)```", re.S)
@@ -131,10 +133,10 @@ def claims_index() -> str:
     """The text of notebooks/CLAIMS.md."""
     everything = {path: claims(path) for path in paths()}
     verdicts = [record["verdict"] for records in everything.values() for record in records]
-    totals = ", ".join(f"{verdicts.count(v)} {v}" for v in ("confirmed", "corrected", "not seen", "open") if v in verdicts)
+    totals = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts)
     lines = ["# Every claim of the course", "",
-             "Made by `python -m lora_lab.notebooks index` from what the notebooks show; each line is asserted there, in "
-             "the reader's sight. ≈ marks numbers that come out of training and differ a little between machines. "
+             "Made by `python -m tools.notebooks index` from what the notebooks show; each line is asserted there, "
+             "in the reader's sight. ≈ marks numbers that come out of training and differ a little between machines. "
              "Back to [the course map](00_start_here.ipynb).", "", f"{len(verdicts)} claims: {totals}.", ""]
     for path, records in everything.items():
         if records:
@@ -170,7 +172,7 @@ def run(names=()) -> None:
 
 
 def editions(folder) -> None:
-    """Write folder/instructor/*.ipynb (solutions filled in, run) and folder/handout/*.ipynb (hints and solutions gone)."""
+    """Write folder/instructor (solutions filled in, run) and folder/handout (hints and solutions gone)."""
     for path in paths():
         nb = read(path)
         full = solved(nb)
@@ -186,7 +188,7 @@ def editions(folder) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "index", "editions"])
-    parser.add_argument("names", nargs="*", help="run: how the notebooks' names start; editions: the folder to write to")
+    parser.add_argument("names", nargs="*", help="run: how the notebooks' names start; editions: the folder to write")
     args = parser.parse_args()
     if args.command == "run":
         run(args.names)

@@ -1,13 +1,11 @@
-"""Make the course's environment, open it, check it. Standard library only: this runs before anything is installed.
+"""Make the course's environment and open it. Standard library only: this runs before anything is installed.
 
-python -I lora_lab/setup_env.py env           .venv with the tested versions (make env)
-python -I lora_lab/setup_env.py env test      the same with what the tests need (make test)
-python -I lora_lab/setup_env.py lab [PORT]    the same as env, then JupyterLab on notebook 00 (make lab)
-python -I lora_lab/setup_env.py check         what works here, and what to do about the rest (make check)
+python -I tools/setup_env.py env           .venv with the tested versions (make env)
+python -I tools/setup_env.py env test      the same with what the tests need (make test)
+python -I tools/setup_env.py lab [PORT]    the same as env, then JupyterLab on notebook 00 (make lab)
 """
 
 import hashlib
-import importlib
 import importlib.util
 import os
 import platform
@@ -17,24 +15,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 STAMP = VENV / "lora_lab.stamp"  # "installing" while pip works, then "<fingerprint>" or "<fingerprint> test"
 LOG = VENV / "pip.log"
 OLDEST = (3, 11)
-DATA_BYTES = {"train-images-idx3-ubyte.gz": 9912422, "train-labels-idx1-ubyte.gz": 28881,
-              "t10k-images-idx3-ubyte.gz": 1648877, "t10k-labels-idx1-ubyte.gz": 4542}
-
-
-class Check(NamedTuple):
-    """One line of the environment report. `detail` varies from machine to machine; `remedy` is empty when ok."""
-
-    name: str
-    ok: bool
-    detail: str
-    remedy: str
 
 
 # --- making .venv: each problem ends in one sentence (SystemExit prints it and no trace) ---------------------------
@@ -181,64 +167,6 @@ def open_lab(port=""):
     os.execv(command[0], command)
 
 
-# --- the report of notebook 00 --------------------------------------------------------------------------------------
-
-def environment_report() -> "list[Check]":
-    """What the course needs, one Check each; every failure says what to do."""
-    checks = [_check("Python", sys.version_info >= OLDEST, platform.python_version(),
-                     "Install Python 3.11 or newer, delete .venv and run make lab.")]
-    checks += [_check_package(line) for line in _requirements()]
-    there = {path.name: path.stat().st_size for path in (ROOT / "data/MNIST/raw").glob("*.gz")}
-    wrong = [name for name, size in DATA_BYTES.items() if there.get(name) != size]
-    checks.append(_check("MNIST files", not wrong, ", ".join(wrong) + " missing or damaged" if wrong else "all four",
-                         "Put them back: git checkout -- data/MNIST/raw"))
-    checks.append(_check("CPU cores", True, f"{os.cpu_count()} (the notebooks' times are for 2)", ""))
-    free = _free_memory()
-    checks.append(_check("free memory", free is None or free > 2, f"{free:.1f} GB" if free else "not measured here",
-                         "Close other programs or other notebooks' kernels: a notebook takes up to 2 GB."))
-    try:
-        from lora_lab import cache
-        checks.append(_check("cache folder", True, str(cache.folder()), ""))
-    except (ImportError, OSError) as error:
-        checks.append(_check("cache folder", False, str(error), "Set LORA_LAB_CACHE to a folder you can write to."))
-    return [*checks, _check("network", True, "not needed: packages and data are here", "")]
-
-
-def _check(name, ok, detail, remedy):
-    return Check(name, bool(ok), detail, "" if ok else remedy)
-
-
-def _requirements():
-    from importlib import metadata
-    try:
-        return [line for line in metadata.requires("lora_lab") if "extra ==" not in line]
-    except metadata.PackageNotFoundError:
-        return ["lora_lab"]
-
-
-def _check_package(requirement):
-    """Does it import, and is its version in the range that the installed lora_lab asks for?"""
-    from importlib import metadata
-    name = re.match(r"[\w.-]+", requirement).group()
-    try:
-        from packaging.requirements import Requirement
-        importlib.import_module(name)
-        version = metadata.version(name)
-        return _check(name, Requirement(requirement).specifier.contains(version, prereleases=True), version,
-                      f"This kernel has {version}, the course needs {requirement}: run make lab (or pip install -e .).")
-    except Exception as error:  # whatever a broken package raises on import is for the reader to see
-        return _check(name, False, f"{type(error).__name__}: {last_line(str(error))}",
-                      "Run make lab (or pip install -e .), and choose the kernel Python 3 (ipykernel) of .venv.")
-
-
-def _free_memory():
-    """In GB, or None where it is not cheap to know."""
-    try:
-        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text()).group(1)) / 1e6
-    except (OSError, AttributeError):
-        return None
-
-
 def main(command="help", *words):
     if sys.version_info < OLDEST:
         raise SystemExit(f"LoRA Lab needs Python 3.11 or newer, and this is Python {platform.python_version()}. "
@@ -249,13 +177,6 @@ def main(command="help", *words):
         check_port(*words)
         make_env()
         open_lab(*words)
-    elif command == "check":
-        checks = environment_report()
-        for check in checks:
-            print(f"{'ok ' if check.ok else 'NO '} {check.name}: {check.detail}")
-            if not check.ok:
-                print(f"     {check.remedy}")
-        raise SystemExit(not all(check.ok for check in checks))
     else:
         raise SystemExit(__doc__.strip())
 

@@ -1,0 +1,175 @@
+"""Checks of notebook 03, low-rank approximation."""
+
+import torch
+
+from lora_lab.checks import Mistake, Verdict, grade, grade_value
+from lora_lab.linalg import energy, truncate
+
+
+def _size(g: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, high, (), generator=g))
+
+
+def _first_at(share_so_far: torch.Tensor, share: float) -> int:
+    return int((share_so_far < share).sum()) + 1
+
+
+def _smallest_rank(S, share):
+    return _first_at(energy(S), share)
+
+
+def _components(X, share, centred=True, squared_twice=False, ascending=False):
+    X = X - X.mean(0) if centred else X
+    values = torch.linalg.eigvalsh(X.T @ X).clamp(min=0)
+    values = values if ascending else values.flip(0)
+    return _first_at(energy(values if squared_twice else values.sqrt()), share)
+
+
+def _escaped(W, Q):
+    return ((W - Q @ (Q.T @ W)).norm() / W.norm()).item()
+
+
+def _adapted(W_before, W_after, r):
+    return W_before + truncate(W_after - W_before, r)
+
+
+MISTAKES = {
+    "break_even": [
+        Mistake("310 rounds up: 310 * 1,296 = 401,760 numbers, more than the weight's 401,408. The largest rank that "
+                "still saves lies below the quotient.", 310),
+        Mistake("Half of 512 is on the safe side, but not the largest. Compare r * (512 + 784) with 512 * 784.", 256),
+        Mistake("512 is the largest rank that the matrix can have. At r = 512 the pair holds 663,552 numbers, far more "
+                "than the weight's 401,408.", 512),
+    ],
+    "smallest_rank": [
+        Mistake("Off by one: you count the ranks that are still below the share. The answer is the next one.",
+                lambda S, share: int((energy(S) < share).sum())),
+        Mistake("You add up the singular values themselves. Energy is made of their squares.",
+                lambda S, share: _first_at(S.cumsum(0) / S.sum(), share)),
+        Mistake("Your rank brings the relative *error* down to 1 - share. Energy is about squared norms: ask for the "
+                "first rank whose energy reaches the share.",
+                lambda S, share: _first_at(1 - (1 - energy(S)).clamp(min=0).sqrt(), share)),
+    ],
+    "components": [
+        Mistake("That is the code as it was: neither centred, nor are the squares right. Two repairs are needed.",
+                lambda X, share: _components(X, share, centred=False, squared_twice=True)),
+        Mistake("The squares are right now, but X is not centred: the average example counts as a component.",
+                lambda X, share: _components(X, share, centred=False)),
+        Mistake("X is centred now, but energy squares the eigenvalues, which are squares already: hand it their roots.",
+                lambda X, share: _components(X, share, squared_twice=True)),
+        Mistake("eigvalsh returns the smallest eigenvalue first; turn the list round before adding up.",
+                lambda X, share: _components(X, share, ascending=True)),
+    ],
+    "best_rank": [
+        Mistake("Three tastes, yes, but the marks lie around 6 and not around 0: an average is one more direction.", 3),
+        Mistake("Counted exactly, generosity and quality are two more directions. But beside an average of 6 they are "
+                "so small that one direction nearly holds both, and a fifth mostly fits whims.", 5),
+        Mistake("The highest rank fits the *seen* marks best, whims included. Unseen marks have other whims.", 20),
+        Mistake("One direction can say who is generous and which film is good, but nothing about taste.", 1),
+    ],
+    "escaped": [
+        Mistake("That is the square of the relative error: take norms, not sums of squares.",
+                lambda W, Q: _escaped(W, Q) ** 2),
+        Mistake("That is the share that Q caught. What escaped is the rest, W - Q Q^T W.",
+                lambda W, Q: ((Q.T @ W).norm() / W.norm()).item()),
+        Mistake("You return the norm of what escaped; divide it by the norm of W.",
+                lambda W, Q: (W - Q @ (Q.T @ W)).norm().item()),
+        Mistake("Norms do not subtract: |W| - |Q Q^T W| is not |W - Q Q^T W|.",
+                lambda W, Q: (1 - (Q.T @ W).norm() / W.norm()).item()),
+    ],
+    "growth": [
+        Mistake("The sketch touches every entry of W, and there are n squared of them: its cost cannot grow only "
+                "like n.", (4, 64)),
+        Mistake("Those are the factors for twice the side. From 4,096 to 16,384 it is four times.", (4, 8)),
+        Mistake("At fixed r the sketch has no third factor n: O(mnr), with r = 20 throughout.", (64, 64)),
+        Mistake("That is the right pair in the wrong order: the sketch comes first.", (64, 16)),
+    ],
+    "conclusion": [
+        Mistake("B is right, but full rank alone does not show it: white noise has full rank too.", ("B", 1)),
+        Mistake("B is right, but measurement 3 says only that more ranks do no harm. Which one says why 32 are enough?",
+                ("B", 3)),
+        Mistake("Measurement 1 says the opposite of A: a rank of 512 is the highest possible.", ("A", 1)),
+        Mistake("Measurement 2 says that a few directions stand out, not that the others are zero: 90 % of the energy "
+                "takes over 200 singular values, so W is not of low rank.", ("A", 2)),
+        Mistake("A weight can keep its accuracy without being of low rank: by the norm, rank 32 misses most of W.",
+                ("A", 3)),
+        Mistake("Accuracy does notice damage: look at the ranks 2, 4 and 8 in the table.", ("C", 3)),
+        Mistake("The rank of W says nothing about how fine a measure accuracy is. The table does: see ranks 2 to 8.",
+                ("C", 1)),
+        Mistake("If accuracy were too coarse, it would not collapse just where the outstanding directions are cut.",
+                ("C", 2)),
+    ],
+    "adapted": [
+        Mistake("You cut the weight after fine-tuning: all of W must then fit into rank r. Cut the difference instead.",
+                lambda W_before, W_after, r: truncate(W_after, r)),
+        Mistake("You return the cut change alone. Add it to W_before.",
+                lambda W_before, W_after, r: truncate(W_after - W_before, r)),
+        Mistake("The sign is turned round: what was learned is W_after - W_before.",
+                lambda W_before, W_after, r: W_before + truncate(W_before - W_after, r)),
+        Mistake("You added the change to W_after, which contains it already.",
+                lambda W_before, W_after, r: W_after + truncate(W_after - W_before, r)),
+    ],
+}
+
+
+def break_even(answer) -> Verdict:
+    return grade_value(answer, 309, MISTAKES["break_even"],
+                       "a pair of rank 309 is the last that is smaller than the weight; LoRA stays far below it.",
+                       hint="The pair holds r * 512 + r * 784 numbers, the weight 512 * 784.")
+
+
+def smallest_rank(answer) -> Verdict:
+    def draw(g):
+        k = _size(g, 30, 80)
+        S = torch.rand(k, generator=g).sort(descending=True).values / torch.arange(1, k + 1) ** 0.5  # (k,)
+        return S, 0.7 + 0.2 * torch.rand((), generator=g).item()
+
+    return grade(answer, _smallest_rank, draw, MISTAKES["smallest_rank"],
+                 "one number that says how much structure a matrix has, comparable between matrices of one shape.")
+
+
+def components(answer) -> Verdict:
+    def draw(g):
+        n, d = _size(g, 60, 90), _size(g, 20, 40)
+        scale = torch.arange(1, d + 1) ** -0.7  # (d,)
+        return torch.randn(n, d, generator=g) * scale + 0.6 * torch.rand(d, generator=g), 0.9
+
+    return grade(answer, _components, draw, MISTAKES["components"],
+                 "both errors made the data look simpler than they are, and nothing crashed.")
+
+
+def best_rank(answer) -> Verdict:
+    return grade_value(answer, 4, MISTAKES["best_rank"],
+                       "three tastes and the average: the rank that predicts best counts the causes.",
+                       hint="Count the causes that would repeat in marks not yet given.")
+
+
+def escaped(answer) -> Verdict:
+    def draw(g):
+        m, n = _size(g, 12, 20), _size(g, 25, 40)
+        return torch.randn(m, n, generator=g), torch.linalg.qr(torch.randn(m, _size(g, 3, 8), generator=g)).Q
+
+    return grade(answer, _escaped, draw, MISTAKES["escaped"],
+                 "the error of a sketch can be measured without the SVD that it stands in for.")
+
+
+def growth(answer) -> Verdict:
+    return grade_value(answer, (16, 64), MISTAKES["growth"],
+                       "the gap itself grows like n / r, so the sketch wins most where it is needed most.",
+                       hint="Put 4n in place of n in n * n * 20 and in n ** 3; answer with a pair (sketch, full).")
+
+
+def conclusion(answer) -> Verdict:
+    return grade_value(answer, ("B", 2), MISTAKES["conclusion"],
+                       "error in the norm and error in the task are two things; only the second one is paid for.",
+                       hint='Answer with a pair such as ("A", 3): a letter A, B or C and a number 1, 2 or 3.')
+
+
+def adapted(answer) -> Verdict:
+    def draw(g):
+        m, n = _size(g, 6, 12), _size(g, 14, 22)
+        W = torch.randn(m, n, generator=g)  # (m, n)
+        return W, W + 0.3 * torch.randn(m, n, generator=g), _size(g, 1, 5)
+
+    return grade(answer, _adapted, draw, MISTAKES["adapted"],
+                 "W stays whole and only the news is squeezed: the idea of LoRA in one line.")

@@ -1,0 +1,160 @@
+"""Checks of notebook 07: rank and alpha."""
+
+import math
+
+import torch
+
+from lora_lab.checks import Mistake, Verdict, grade, grade_value
+
+
+def _mean_and_reach(a, b, t, *, correction=1, shrink=True):
+    d = a - b  # (n,)
+    reach = t * d.std(correction=correction)
+    return d.mean().item(), (reach / math.sqrt(len(d)) if shrink else reach).item()
+
+
+def _unpaired(a, b, t):
+    return (a.mean() - b.mean()).item(), (t * ((a.var() + b.var()) / len(a)).sqrt()).item()
+
+
+def _draw_scores(generator):
+    n = int(torch.randint(4, 12, (), generator=generator))
+    seeds = torch.rand(n, generator=generator, dtype=torch.float64)  # (n,): what both share
+    a, b = (seeds + 0.1 * torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(2))
+    return a, b, 2.0 + n / 10
+
+
+def _doubled(valid, gain, *, last_tried=False, against_start=False):
+    r = 1
+    while 2 * r in valid:
+        if valid[2 * r] - valid[1 if against_start else r] < gain:
+            return 2 * r if last_tried else r
+        r *= 2
+    return r
+
+
+def _draw_validation(generator):
+    """Accuracies of r = 1, 2, ..., 256 that rise by less and less, dip, rise once more and dip again."""
+    steps = torch.rand(9, generator=generator) * 0.03 + 0.02  # (9,)
+    stop = int(torch.randint(3, 6, (), generator=generator))
+    steps[stop], steps[7], steps[8] = -0.01, 0.2, -0.05
+    return {2**k: round(0.3 + float(steps[: k + 1].sum()), 4) for k in range(9)}, 0.01
+
+
+def _report(valid, test, *, choose_by, score_by):
+    r = max({"valid": valid, "test": test}[choose_by], key={"valid": valid, "test": test}[choose_by].get)
+    return r, {"valid": valid, "test": test}[score_by][r]
+
+
+def _draw_two_tables(generator):
+    """Two tables {r: accuracy} whose best ranks differ."""
+    order = torch.randperm(8, generator=generator).tolist()
+    values = [(torch.rand(8, generator=generator) * 0.4 + 0.3).tolist() for _ in range(2)]
+    for table, best in zip(values, order, strict=False):
+        table[best] = 0.9 + 0.01 * best
+    return [{2**k: value for k, value in enumerate(table)} for table in values]
+
+
+MISTAKES = {
+    "paired_interval": [
+        Mistake("you add up the scatter of a and of b as if they had nothing to do with each other. They share their "
+                "seeds: a seed that is hard for one is hard for the other. Form d = a - b first, then its scatter.",
+                _unpaired),
+        Mistake("that is how far a single seed may lie from the mean. The mean of n seeds is steadier by sqrt(n): "
+                "divide by it.", lambda a, b, t: _mean_and_reach(a, b, t, shrink=False)),
+        Mistake("you divide the squared deviations by n. The mean is itself taken from the n values, so divide by "
+                "n - 1: torch's .std() does, and so does statistics.stdev.",
+                lambda a, b, t: _mean_and_reach(a, b, t, correction=0)),
+    ],
+    "rank_that_costs_more": [
+        Mistake("not yet: 9 x (256 + 10) = 2,394 numbers, still fewer than the layer's 2,560.", 9),
+        Mistake("that counts r x (256 + 256), as for a square layer. Here A is (r, 256), but B is only (10, r).", 6),
+        Mistake("you have the shapes of the first layer, (512, 784), in mind. The question is about fc3, which is "
+                "(10, 256).", 310),
+        Mistake("11 does cost more than the layer, but it is not the smallest such r (and inject refuses it).", 11),
+    ],
+    "alpha_for_sqrt": [
+        Mistake("multiplied instead of divided: with your value both rules differ by a factor r0. Write down "
+                "alpha / r0 = alpha_sqrt / sqrt(r0) and solve for alpha_sqrt.",
+                lambda alpha, r0: alpha * math.sqrt(r0)),
+        Mistake("alpha / r0 is the scale s itself. The square-root rule divides by sqrt(r0) once more, so its alpha "
+                "has to be larger than s.", lambda alpha, r0: alpha / r0),
+        Mistake("the same alpha under both rules gives the same s only at r = 1.", lambda alpha, r0: alpha),
+    ],
+    "gain_of_64_over_4": [
+        Mistake("that would be alpha / r, where s r = alpha whatever the rank. Here s = alpha / sqrt(r).", 1),
+        Mistake("16 times as many columns do push, but each is scaled by s, and s falls by sqrt(16).", 16),
+        Mistake("upside down: s alone falls by 4, but 16 times as many columns push.", 0.25),
+    ],
+    "honest_report": [
+        Mistake("this still chooses by the test set. A rank chosen there is the luckiest of eight on these examples; "
+                "choose by `valid`.", lambda valid, test: _report(valid, test, choose_by="test", score_by="test")),
+        Mistake("the choice is right, but the accuracy you report is the one you chose by, the luckiest of eight. "
+                "Report the test accuracy of the chosen rank.",
+                lambda valid, test: _report(valid, test, choose_by="valid", score_by="valid")),
+    ],
+    "choose_rank": [
+        Mistake("you return the rank that did not pay any more. The one before it is as good at half the price.",
+                lambda valid, gain: _doubled(valid, gain, last_tried=True)),
+        Mistake("you compare with r = 1 each time, so the gain never seems to end. Compare each rank with the one "
+                "before it.", lambda valid, gain: _doubled(valid, gain, against_start=True)),
+        Mistake("that is the best of all nine ranks: it trains every one of them. The point of the procedure is to "
+                "stop at the first doubling that does not pay.", lambda valid, gain: max(valid, key=valid.get)),
+    ],
+    "what_next": [
+        Mistake("fc3 has 10 rows: 10 is the largest rank that its update can have. No more is to be had.", "a"),
+        Mistake("a larger alpha takes larger steps. The accuracy has stopped at a limit of what the last layer can "
+                "express, which no step size moves.", "b"),
+        Mistake("merging changes the file, not what the model computes.", "d"),
+    ],
+}
+
+
+def paired_interval(answer) -> Verdict:
+    return grade(answer, _mean_and_reach, _draw_scores, MISTAKES["paired_interval"],
+                 "what all runs of a seed share drops out of the difference, so five seeds can show what many unpaired "
+                 "ones would not.")
+
+
+def rank_that_costs_more(answer) -> Verdict:
+    return grade_value(answer, 10, MISTAKES["rank_that_costs_more"],
+                       "10 x (256 + 10) = 2,660 > 2,560. A layer's update at its full rank always costs more as B A "
+                       "than as itself: r (m + n) > m n at r = min(m, n).",
+                       hint="A is (r, 256) and B is (10, r). How many numbers is that, and how many has fc3's weight?")
+
+
+def alpha_for_sqrt(answer) -> Verdict:
+    def draw(generator):
+        alpha, r0 = (int(torch.randint(2, 200, (), generator=generator)) for _ in range(2))
+        return float(alpha), r0
+
+    return grade(answer, lambda alpha, r0: alpha / math.sqrt(r0), draw, MISTAKES["alpha_for_sqrt"],
+                 "the two rules are two ways to go on from a rank where they agree; this pins them together.")
+
+
+def gain_of_64_over_4(answer) -> Verdict:
+    return grade_value(answer, 4, MISTAKES["gain_of_64_over_4"],
+                       "the gain grows with s r, and alpha / sqrt(r) times r is alpha sqrt(r): sqrt(64 / 4) = 4. Hence "
+                       "the square-root rule wants a smaller learning rate at a high rank.",
+                       hint="The gain is proportional to s times r. Put in s = alpha / sqrt(r), for r = 4 and 64.",
+                       tol=1e-6)
+
+
+def honest_report(answer) -> Verdict:
+    return grade(answer, lambda valid, test: _report(valid, test, choose_by="valid", score_by="test"), _draw_two_tables,
+                 MISTAKES["honest_report"],
+                 "validation data choose, test data judge, once: only then is the reported number one to expect again.")
+
+
+def choose_rank(answer) -> Verdict:
+    return grade(answer, _doubled, _draw_validation, MISTAKES["choose_rank"],
+                 "it stops by itself, and has then trained only one rank more than it uses.", rounds=8)
+
+
+def what_next(answer) -> Verdict:
+    cleaned = answer.strip().lower() if isinstance(answer, str) else answer
+    return grade_value(cleaned, "c", MISTAKES["what_next"],
+                       "the missing changes are not in the last layer's reach: a low rank in more layers beats the "
+                       "highest rank in one, as measured above.", hint='Answer with one letter: "a", "b", "c" or "d".')
+
+
