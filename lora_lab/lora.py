@@ -8,7 +8,8 @@
     load_adapter(model, directory)          puts it on the model in place of the adapter that is there
     remove(model)                           the base model again
 
-One convention, PyTorch's: weight (out, in), A (r, in), B (out, r), x (..., in).
+One convention, PyTorch's: weight (out, in), A (r, in), B (out, r), x (..., in). Read LoRALinear.forward and
+delta_weight first: they are LoRA. The rest is care.
 """
 
 import copy

@@ -10,6 +10,7 @@ stub.
 """
 
 import argparse
+import base64
 import os
 import re
 import sys
@@ -152,7 +153,13 @@ def claims_index() -> str:
 
 
 def write_index() -> None:
+    """notebooks/CLAIMS.md, and the README's picture, which is the signature result of notebook 06."""
     (FOLDER / "CLAIMS.md").write_text(claims_index(), encoding="utf-8")
+    for cell in read(FOLDER / "06_adapt_to_8_and_9.ipynb").cells:
+        if cell.id == "replay-plot":
+            picture = base64.b64decode(cell.outputs[-1].data["image/png"])
+            (FOLDER / "figures").mkdir(exist_ok=True)
+            (FOLDER / "figures" / "forgetting.png").write_bytes(picture)
 
 
 def run(names=()) -> None:

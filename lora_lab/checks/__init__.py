@@ -104,16 +104,16 @@ def grade_value(answer, truth, mistakes: Sequence[Mistake], why: str, *, hint: s
 
 
 def _recognise(answer, cases, mistakes, tol) -> str | None:
-    """The message of the mistake that gives what `answer` gives, an error of the same kind included, in every case."""
+    """The message of the mistake that gives what `answer` gives, the same error included, in every case."""
     def outcome(function, arguments):
         try:
             return function(*_copies(arguments))
         except Exception as error:
-            return type(error)
+            return f"{type(error).__name__}: {error}"
 
     for mistake in mistakes:
         pairs = [(outcome(answer, c), outcome(mistake.answer, c)) for c in cases]
-        if all(a is b if isinstance(b, type) else not isinstance(a, type) and same(a, b, tol) for a, b in pairs):
+        if all(same(a, b, tol) for a, b in pairs):
             return mistake.message
     return None
 

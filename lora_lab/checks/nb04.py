@@ -75,7 +75,7 @@ def mask(answer) -> Verdict:
 
 def count(answer) -> Verdict:
     return grade(answer, lambda sizes: sum(a * b + b for a, b in zip(sizes, sizes[1:], strict=False)),
-                 lambda g: (_integers(g, 2, 60, 4).tolist(),), MISTAKES["count"],
+                 lambda g: (_integers(g, 2, 60, 3 + _integers(g, 0, 3, 1).item()).tolist(),), MISTAKES["count"],
                  "counting from shapes is how LoRA's savings will be computed, without building anything.")
 
 

@@ -9,10 +9,10 @@ def _normal(generator, *shape):
     return torch.randn(*shape, generator=generator)
 
 
-def _sizes(generator, low=3, high=12):
+def _sizes(generator, low=5, high=14):
     """n, out, in, r: all different, r the smallest."""
     n_out, n_in, n = (torch.randperm(high - low, generator=generator)[:3] + low).tolist()
-    return n, n_out, n_in, 2
+    return n, n_out, n_in, torch.randint(1, low, (), generator=generator).item()
 
 
 def _without_gradient(x, W, A, B, s):

@@ -103,8 +103,8 @@ MISTAKES = {
     ],
     "what_next": [
         Mistake("fc3 has 10 rows: 10 is the largest rank that its update can have. No more is to be had.", "a"),
-        Mistake("a larger alpha takes larger steps. The accuracy has stopped at a limit of what the last layer can "
-                "express, which no step size moves.", "b"),
+        Mistake("a larger alpha takes larger steps. You have tried other learning rates already, and a step "
+                "size does not move what the last layer can express.", "b"),
         Mistake("merging changes the file, not what the model computes.", "d"),
     ],
 }
@@ -154,7 +154,8 @@ def choose_rank(answer) -> Verdict:
 def what_next(answer) -> Verdict:
     cleaned = answer.strip().lower() if isinstance(answer, str) else answer
     return grade_value(cleaned, "c", MISTAKES["what_next"],
-                       "the missing changes are not in the last layer's reach: a low rank in more layers beats the "
-                       "highest rank in one, as measured above.", hint='Answer with one letter: "a", "b", "c" or "d".')
+                       "the last layer can only recombine what the layers below hand it. With those adapted as well, "
+                       "accuracy went past the end of the last layer's scale.",
+                       hint='Answer with one letter: "a", "b", "c" or "d".')
 
 

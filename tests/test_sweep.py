@@ -1,0 +1,191 @@
+"""lora_lab.sweep: the same numbers for any number of workers, kept as they come, and errors that name the setting."""
+
+import json
+import linecache
+import os
+import textwrap
+import time
+
+import pytest
+import torch
+
+from lora_lab import sweep as sweep_module
+from lora_lab.data import NEW, mnist
+from lora_lab.lora import inject
+from lora_lab.models import MLP
+from lora_lab.sweep import SweepError, few_digits, sweep
+from lora_lab.training import fit
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def kept(folder):
+    return sorted(folder.glob("sweep-*/*.json"))
+
+
+def defined(source: str, **outside):
+    """The function `run` of a notebook cell with this text, in a notebook that also holds `outside`."""
+    source = textwrap.dedent(source)
+    name = f"<cell {abs(hash(source))}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    space = {"__name__": "__main__", **outside}
+    exec(compile(source, name, "exec"), space)
+    return space["run"], space
+
+
+def training(seed, r=2):
+    """A short real training; nothing seeds MLP's and LoRA's random start but sweep itself."""
+    model = MLP()
+    inject(model, ["fc2"], r=r, alpha=4)
+    loss = fit(model, few_digits("train", 200, seed), seed=seed, lr=1e-2, steps=4, label=None).loss
+    return {"loss": loss, "threads": torch.get_num_threads(), "process": os.getpid()}
+
+
+def double(x):
+    return {"twice": 2 * x}
+
+
+def fails_at_3(x):
+    if x == 3:
+        raise ZeroDivisionError("no reason")
+    return x
+
+
+def tensor(x):
+    return {"loss": torch.tensor(x)}
+
+
+def counted(path, x):
+    with open(path, "a") as file:
+        file.write(f"{x}\n")
+    return x
+
+
+def test_the_same_numbers_for_any_number_of_workers(own_cache):
+    settings, results = [{"seed": s} for s in range(3)], []
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    for workers in (1, 2, 3):
+        results.append(sweep(training, settings, label="x", workers=workers))
+        for file in kept(own_cache):
+            file.unlink()
+    assert [[run["loss"] for run in result] for result in results] == [[run["loss"] for run in results[0]]] * 3
+    assert {run["threads"] for result in results for run in result} == {1}
+    assert len({run["process"] for run in results[1]} | {os.getpid()}) >= 2
+    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
+
+
+def test_results_come_in_the_order_of_the_settings():
+    settings = [{"x": x} for x in (5, 1, 4, 1)]
+    for _ in range(2):
+        assert [result["twice"] for result in sweep(double, settings, label="x", workers=2)] == [10, 2, 8, 2]
+
+
+def test_a_second_call_runs_nothing_and_says_so(tmp_path, capfd):
+    log = tmp_path / "log"
+    settings = [{"path": str(log), "x": x} for x in range(4)]
+    first = sweep(counted, settings, label="counting", workers=1)
+    capfd.readouterr()
+    assert sweep(counted, settings, label="counting", workers=1) == first == [0, 1, 2, 3]
+    assert len(log.read_text().split()) == 4
+    assert "counting" in capfd.readouterr().err  # the line is there also when nothing ran
+
+
+def test_it_goes_on_after_an_interruption(tmp_path, own_cache):
+    log = tmp_path / "log"
+    settings = [{"path": str(log), "x": x} for x in range(4)]
+    sweep(counted, settings[:3], label="x", workers=1)
+    kept(own_cache)[0].write_text('{"setting": {"x": 0}, "resu')  # cut off
+    assert sweep(counted, settings, label="x", workers=1) == [0, 1, 2, 3]
+    assert len(log.read_text().split()) == 5
+
+
+def test_what_was_finished_before_an_error_stays(own_cache):
+    with pytest.raises(SweepError, match=r"fails_at_3\(x=3\) raised ZeroDivisionError: no reason"):
+        sweep(fails_at_3, [{"x": x} for x in (1, 2, 3)], label="x", workers=1)
+    assert [json.loads(file.read_text())["result"] for file in kept(own_cache)] in ([1, 2], [2, 1])
+    with pytest.raises(SweepError, match=r"x=3"):
+        sweep(fails_at_3, [{"x": x} for x in (1, 2, 3)], label="x", workers=2)
+
+
+def test_a_result_that_json_cannot_keep(own_cache):
+    with pytest.raises(SweepError, match=r"tensor\(x=1.5\) returned .* not JSON serializable.*\.item\(\)"):
+        sweep(tensor, [{"x": 1.5}], label="x", workers=2)
+    assert not kept(own_cache)
+
+
+def test_fresh_and_kept_results_are_the_same():
+    def run(x):
+        return {"pair": (x, 1), "nothing": None}
+
+    assert sweep(run, [{"x": 1}], label="x", workers=1) == sweep(run, [{"x": 1}], label="x", workers=1)
+    assert sweep(run, [{"x": 1}], label="x", workers=1) == [{"pair": [1, 1], "nothing": None}]
+
+
+def test_a_changed_function_helper_or_constant_starts_anew():
+    text = "def helper(x):\n    return x + 1\n\ndef run(x):\n    return [helper(y) * FACTOR for y in [x]]\n"
+    seen = [sweep(defined(source, FACTOR=factor)[0], [{"x": 1}], label="x", workers=1)
+            for source, factor in ((text, 10), (text.replace("x + 1", "x + 2"), 10), (text, 3), (text, 10))]
+    assert seen == [[[20]], [[30]], [[6]], [[20]]]
+
+
+def test_attributes_and_locals_that_share_a_name_with_the_notebook_do_not_matter():
+    run, space = defined("def run(x):\n    loss = [x]\n    return loss.copy()\n", copy=torch.zeros(1), loss=torch.zeros(1))
+    assert sweep(run, [{"x": 1}], label="x", workers=1) == [[1]]
+
+
+def test_data_from_outside_is_refused_since_its_change_could_not_be_seen():
+    run, _ = defined("def run(x):\n    return x + float(data.sum())\n", data=torch.zeros(3))
+    with pytest.raises(TypeError, match="run uses data, a Tensor from outside"):
+        sweep(run, [{"x": 1}], label="x", workers=1)
+
+
+def test_a_function_without_source_is_refused():
+    space = {"__name__": "__main__"}
+    exec("def run(x):\n    return x", space)
+    with pytest.raises(TypeError, match="define it in a cell or a file"):
+        sweep(space["run"], [{"x": 1}], label="x", workers=1)
+
+
+def test_a_change_of_the_package_starts_anew(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    for digest in ("a", "b", "a"):
+        monkeypatch.setattr(sweep_module, "_package", lambda digest=digest: digest)
+        sweep(counted, [{"path": str(log), "x": 1}], label="x", workers=1)
+    assert len(log.read_text().split()) == 2
+
+
+def test_nothing_to_do_and_settings_from_a_generator():
+    assert sweep(double, [], label="x") == []
+    assert sweep(double, ({"x": x} for x in (1, 2)), label="x", workers=1) == [{"twice": 2}, {"twice": 4}]
+
+
+def test_the_pool_is_reused():
+    sweep(double, [{"x": 1}], label="x", workers=2)
+    started = time.perf_counter()
+    sweep(double, [{"x": x} for x in range(2, 8)], label="x", workers=2)
+    assert time.perf_counter() - started < 5  # starting Python and torch anew takes longer
+
+
+def test_few_digits_are_mnist_s():
+    x, y = mnist()[1].sample(50, seed=3)
+    few = few_digits("t10k", 50, seed=3)
+    assert torch.equal(few.x, x) and torch.equal(few.y, y)
+    assert few.x.shape == (50, 784) and few.x.dtype == torch.float32 and few.y.dtype == torch.int64
+
+
+def test_few_digits_of_chosen_labels_extend_one_another():
+    more, fewer = few_digits("train", 30, 1, NEW), few_digits("train", 10, 1, NEW)
+    assert set(more.y.tolist()) == {8, 9}
+    assert torch.equal(more.x[:10], fewer.x)
+    assert not torch.equal(few_digits("train", 10, 2, NEW).x, fewer.x)
+    assert len(few_digits("train", 0, 1).y) == 0
+
+
+@pytest.mark.parametrize("n", [-1, 1984])
+def test_few_digits_cannot_draw_more_than_there_are(n):
+    with pytest.raises(ValueError, match=f"cannot draw {n} different examples from 1983"):
+        few_digits("t10k", n, 0, NEW)
