@@ -156,7 +156,7 @@ def write_index() -> None:
     """notebooks/CLAIMS.md, and the README's picture, which is the signature result of notebook 06."""
     (FOLDER / "CLAIMS.md").write_text(claims_index(), encoding="utf-8")
     for cell in read(FOLDER / "06_adapt_to_8_and_9.ipynb").cells:
-        if cell.id == "replay-plot":
+        if cell.id == "replay-plot" and cell.outputs:
             picture = base64.b64decode(cell.outputs[-1].data["image/png"])
             (FOLDER / "figures").mkdir(exist_ok=True)
             (FOLDER / "figures" / "forgetting.png").write_bytes(picture)
