@@ -71,20 +71,27 @@ def low_rank(answer):
 
 # 4 · the pseudo-inverse from the SVD
 
-def _pseudo_inverse(W, tol=1e-9, invert=torch.reciprocal):
+def _pseudo_inverse(W, tol=1e-9, invert=torch.reciprocal, relative=True):
     U, S, Vh = _thin(W)
-    r = int((S > tol * S[0]).sum())
+    r = int((S > (tol * S[0] if relative else tol)).sum())
     return Vh[:r].T * invert(S[:r]) @ U[:, :r].T
 
 
-def _draw_deficient(generator):
+def _draw_invertible_in_part(generator):
+    """Rank 2 exactly and the default `tol`, or a tiny third singular value that `tol` calls zero (large or small W)."""
     m, n = _sizes(generator)
-    return (_randn(generator, m, 2) @ _randn(generator, 2, n),)
+    kind = int(torch.randint(3, (1,), generator=generator))
+    if kind == 0:
+        return (_randn(generator, m, 2) @ _randn(generator, 2, n),)
+    U, V = (torch.linalg.qr(_randn(generator, size, 3)).Q for size in (m, n))
+    S = torch.tensor([1, 0.4, 0.005], dtype=torch.float64) * (20 if kind == 1 else 0.02)
+    return U * S @ V.T, 0.01
 
 
 def pseudo_inverse(answer):
-    return grade(answer, _pseudo_inverse, _draw_deficient, MISTAKES["pseudo_inverse"],
-                 "you undid what W did and left alone what it had destroyed: a stretch by zero cannot be undone.")
+    return grade(answer, _pseudo_inverse, _draw_invertible_in_part, MISTAKES["pseudo_inverse"],
+                 "you undid what W did and left alone what it had destroyed: a stretch by zero cannot be undone.",
+                 rounds=10)
 
 
 # 5 · predict the two errors of the best rank-1 approximation, S = (6, 3, 2)
@@ -116,13 +123,17 @@ def smallest_rank(answer):
 # 7 · which pairs have the same product?
 
 def _letters(answer):
+    """"abd" from "b, a, d", "(a) (b) (d)", ["a", "b", "d"] or ("A", "B", "D")."""
+    if isinstance(answer, (list, tuple, set)) and answer and all(isinstance(part, str) for part in answer):
+        answer = "".join(answer)
     return "".join(sorted(set(answer.lower()) & set("abcde"))) if isinstance(answer, str) else answer
 
 
 def same_product(answer):
     return grade_value(_letters(answer), "abd", MISTAKES["same_product"],
                        "between B and A you may always write G G^-1, the identity: a product has countless splits.",
-                       hint="Write out each product and look whether what stands between B and A is the identity.")
+                       hint="Write out each product and look whether what stands between B and A is the identity. "
+                            'Give the letters, as "ace" or ["a", "c", "e"].')
 
 
 # 8 · balance a given pair
@@ -153,6 +164,9 @@ def _invariants(function):
         result = function(A, B)
         if blank(result):
             return result
+        pair = isinstance(result, (tuple, list)) and len(result) == 2
+        if not pair or not all(isinstance(M, Tensor) and M.ndim == 2 for M in result):
+            raise ValueError("expected is a pair of matrices, A2 (r, n) and B2 (m, r)")
         A2, B2 = result
         return B2 @ A2, A2 @ A2.T, B2.T @ B2
     return judged
@@ -165,31 +179,6 @@ def balance(answer):
     if verdict.outcome == "not yet" and verdict.message not in [m.message for m in mistakes]:
         verdict.message = "I compare B2 @ A2, A2 @ A2.T and B2.T @ B2 with what they should be: " + verdict.message
     return verdict
-
-
-# 9 · the first principal direction
-
-def _pca(X, mean=lambda X: X.mean(0), pick=lambda U, Vh: Vh[0]):
-    U, _, Vh = _thin(X - mean(X))
-    return pick(U, Vh)
-
-
-def _up_to_sign(function):
-    def judged(X):
-        v = function(X)
-        return torch.outer(v, v) if isinstance(v, Tensor) and v.ndim == 1 else v
-    return judged
-
-
-def _draw_cloud(generator):
-    m, n = _sizes(generator, 4, 9)
-    return (_randn(generator, m, n) * torch.linspace(3, 0.5, n, dtype=torch.float64) + 4 * _randn(generator, n),)
-
-
-def first_direction(answer):
-    mistakes = [Mistake(m.message, _up_to_sign(m.answer)) for m in MISTAKES["first_direction"]]
-    return grade(_up_to_sign(answer), _up_to_sign(_pca), _draw_cloud, mistakes,
-                 "PCA is this and nothing more: subtract the mean, take the SVD, read the rows of Vh.")
 
 
 MISTAKES = {
@@ -224,6 +213,10 @@ MISTAKES = {
     "pseudo_inverse": [
         Mistake("you divide by singular values that are zero up to rounding, and the result explodes: keep only those "
                 "above tol * S[0].", lambda W, tol=0.0: _pseudo_inverse(W, -1.0)),
+        Mistake("right for the default, but you do not use `tol`: what is at most tol * S[0] counts as zero.",
+                lambda W, tol=1e-9: _pseudo_inverse(W)),
+        Mistake("`tol` is relative: compare with tol * S[0], or a small matrix loses its directions and a large one "
+                "keeps its rounding errors.", lambda W, tol=1e-9: _pseudo_inverse(W, tol, relative=False)),
         Mistake("this is W's transpose: the singular values must be inverted (1 / S).",
                 lambda W, tol=1e-9: _pseudo_inverse(W, tol, lambda S: S)),
         Mistake("this maps inputs to outputs again, shape (m, n): the way back is V 1/S U^T, the factors transposed "
@@ -261,15 +254,5 @@ MISTAKES = {
         Mistake("you gave S to both, so the product has S ** 2: give sqrt(S) to each.", _weighted(lambda S: (S, S))),
         Mistake("you return A and B as they came: same product, not balanced.", lambda A, B: (A, B)),
         Mistake("you return B2 first; here, as in split, A2 comes first.", lambda A, B: _balanced(A, B)[::-1]),
-    ],
-    "first_direction": [
-        Mistake("you did not subtract the mean: what you found points to where the cloud is, not to how it spreads.",
-                lambda X: _pca(X, lambda X: torch.zeros(()).to(X))),
-        Mistake("you subtracted each row's mean; the mean of the cloud is the mean of each column, X.mean(0).",
-                lambda X: _pca(X, lambda X: X.mean(1, keepdim=True))),
-        Mistake("a column of U has one entry a sample; the direction lives among the features: a row of Vh.",
-                lambda X: _pca(X, pick=lambda U, Vh: U[:, 0])),
-        Mistake("Vh[:, 0] is one coordinate of every direction; the first direction is the row Vh[0].",
-                lambda X: _pca(X, pick=lambda U, Vh: Vh[:, 0])),
     ],
 }
