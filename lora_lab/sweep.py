@@ -39,8 +39,8 @@ def sweep(run, settings, *, label: str, workers: int | None = None) -> list:
         bar.update(len(settings) - len(missing))
         if not missing:
             bar.note = f"{label}: {len(settings)} runs, from the cache"
-        pool = joblib.Parallel(workers or min(joblib.cpu_count(), 8), return_as="generator", batch_size=1)
         with joblib.parallel_config("loky", inner_max_num_threads=1):
+            pool = joblib.Parallel(workers or min(joblib.cpu_count(), 8), return_as="generator", batch_size=1)
             done = pool(joblib.delayed(_finished)(run, settings[k], files[k]) for k in missing)
             for k, text in zip(missing, done, strict=True):
                 found[k] = text
@@ -96,27 +96,31 @@ def _read(file: Path) -> str | None:
         return None
 
 
-def _code(function, seen=()) -> str:
-    """The source of a function, and of the functions and constants of its own notebook or module that it uses."""
+def _code(thing, users=()) -> str:
+    """The source of a function or class, and of what it uses from its own notebook or module."""
+    if inspect.isclass(thing):  # method by method, since Python finds no source for a class of a notebook
+        own = [method for method in vars(thing).values() if inspect.isfunction(method)]
+        return "".join(_code(method, (thing, *users)) for method in own if method.__code__.co_filename != "<string>")
     try:
-        text = textwrap.dedent(inspect.getsource(function))
+        text = textwrap.dedent(inspect.getsource(thing))
     except (OSError, TypeError):
-        raise TypeError(f"the source of {function!r} cannot be read: define it in a cell or a file") from None
-    if inspect.isclass(function):
-        return text
-    outside = vars(inspect.getmodule(function)) | inspect.getclosurevars(function).nonlocals
-    names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-    for name in sorted((names & outside.keys()) - set(function.__code__.co_varnames) - {function.__name__}):
-        value = outside[name]
+        raise TypeError(f"the source of {thing!r} cannot be read: define it in a cell or a file") from None
+    outside = thing.__globals__ | inspect.getclosurevars(thing).nonlocals
+    nodes = list(ast.walk(ast.parse(text)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)} & outside.keys()
+    names -= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names -= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    for name in sorted(names):
+        value = inspect.unwrap(outside[name])
         if inspect.isfunction(value) or inspect.isclass(value):
-            if value.__module__ == function.__module__ and value not in seen:
-                text += _code(value, (*seen, function))
-        elif not inspect.ismodule(value) and not callable(value):
+            if value.__module__ == thing.__module__ and value not in (thing, *users):
+                text += _code(value, (thing, *users))
+        elif not inspect.ismodule(value) and not inspect.isroutine(value):
             try:
                 text += f"{name} = {json.dumps(value)}"
             except TypeError:
-                raise TypeError(f"{function.__name__} uses {name}, a {type(value).__name__} from outside. Whether "
-                                "that has changed since a result was kept cannot be seen: make it inside.") from None
+                raise TypeError(f"{thing.__name__} uses {name}, a {type(value).__name__} from outside. Whether that "
+                                "changed since a result was kept cannot be seen: make it inside.") from None
     return text
 
 

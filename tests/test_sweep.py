@@ -4,7 +4,6 @@ import json
 import linecache
 import os
 import textwrap
-import time
 
 import pytest
 import torch
@@ -57,6 +56,10 @@ def fails_at_3(x):
 
 def tensor(x):
     return {"loss": torch.tensor(x)}
+
+
+def worker(x):
+    return os.getpid()
 
 
 def counted(path, x):
@@ -133,14 +136,24 @@ def test_a_changed_function_helper_or_constant_starts_anew():
 
 
 def test_attributes_and_locals_that_share_a_name_with_the_notebook_do_not_matter():
-    run, space = defined("def run(x):\n    loss = [x]\n    return loss.copy()\n", copy=torch.zeros(1), loss=torch.zeros(1))
+    text = "def run(x):\n    loss = [part for part in [x]]\n    return sorted(loss.copy(), key=lambda y: -y)\n"
+    run, _ = defined(text, copy=torch.zeros(1), loss=torch.zeros(1), part=torch.zeros(1), y=torch.zeros(1))
     assert sweep(run, [{"x": 1}], label="x", workers=1) == [[1]]
 
 
-def test_data_from_outside_is_refused_since_its_change_could_not_be_seen():
-    run, _ = defined("def run(x):\n    return x + float(data.sum())\n", data=torch.zeros(3))
-    with pytest.raises(TypeError, match="run uses data, a Tensor from outside"):
+@pytest.mark.parametrize("data", [torch.zeros(3), MLP(), {"kept": torch.zeros(1)}])
+def test_data_from_outside_is_refused_since_its_change_could_not_be_seen(data):
+    run, _ = defined("def run(x):\n    return x + len(data)\n", data=data)
+    with pytest.raises(TypeError, match=f"run uses data, a {type(data).__name__} from outside"):
         sweep(run, [{"x": 1}], label="x", workers=1)
+
+
+def test_a_changed_class_or_cached_helper_starts_anew():
+    text = ("import functools\n\nclass Net:\n    def size(self):\n        return SIZE\n\n"
+            "@functools.cache\ndef net():\n    return Net().size() + 1\n\ndef run(x):\n    return net() + x\n")
+    seen = [sweep(defined(source)[0], [{"x": 1}], label="x", workers=1)
+            for source in (text.replace("SIZE", "5"), text.replace("SIZE", "7"))]
+    assert seen == [[7], [9]]
 
 
 def test_a_function_without_source_is_refused():
@@ -163,11 +176,9 @@ def test_nothing_to_do_and_settings_from_a_generator():
     assert sweep(double, ({"x": x} for x in (1, 2)), label="x", workers=1) == [{"twice": 2}, {"twice": 4}]
 
 
-def test_the_pool_is_reused():
-    sweep(double, [{"x": 1}], label="x", workers=2)
-    started = time.perf_counter()
-    sweep(double, [{"x": x} for x in range(2, 8)], label="x", workers=2)
-    assert time.perf_counter() - started < 5  # starting Python and torch anew takes longer
+def test_the_workers_are_kept_for_the_next_sweep():
+    first, second = (sweep(worker, [{"x": x} for x in xs], label="x", workers=2) for xs in (range(4), range(4, 8)))
+    assert set(first) & set(second) and os.getpid() not in first
 
 
 def test_few_digits_are_mnist_s():
