@@ -542,7 +542,7 @@ class Bomb:
     (CONFIG, lambda b: pickle.dumps(Bomb()), "not readable JSON"),
     (CONFIG, lambda b: b"[" * 100_000, "not readable JSON"),
     (CONFIG, lambda b: b"[]", "peft_type is not LORA"),
-], ids=str)
+], ids=lambda value: "damage" if callable(value) else value)
 def test_damaged_files_are_refused_and_no_pickle_is_read(saved, name, damage, message, monkeypatch):
     monkeypatch.chdir(saved)
     (saved / name).write_bytes(damage((saved / name).read_bytes()))
