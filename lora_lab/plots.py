@@ -86,8 +86,7 @@ def draw_curves(ax, series: dict) -> None:
             ax.fill_between(x, *band, color=COLOURS[k % len(COLOURS)], alpha=0.18, linewidth=0)
 
 
-def bars(values: dict, *, title: str, ylabel: str, alt: str, ylim=None, errors=None, fmt="{:.1f}",
-         size=(6.4, 3.2)) -> None:
+def bars(values: dict, *, title: str, ylabel: str, alt: str, ylim=None, fmt="{:.1f}", size=(6.4, 3.2)) -> None:
     """Bars with their value above: {label: value}, or {label: {group: value}} for grouped ones."""
     fig, ax = figure(size=size)
     grouped = {label: v if isinstance(v, dict) else {"": v} for label, v in values.items()}
@@ -97,7 +96,7 @@ def bars(values: dict, *, title: str, ylabel: str, alt: str, ylim=None, errors=N
         at = np.arange(len(grouped)) + (k - (len(groups) - 1) / 2) * width
         heights = [v[group] for v in grouped.values()]
         drawn = ax.bar(at, heights, width * 0.94, color=COLOURS[k], hatch=["", "//", "..", "xx"][k % 4], label=group,
-                       edgecolor="white", yerr=errors if len(groups) == 1 else None, capsize=3)
+                       edgecolor="white")
         ax.bar_label(drawn, [fmt.format(h) for h in heights], fontsize=8.5, padding=2)
     ax.set_xticks(np.arange(len(grouped)), list(grouped))
     ax.grid(False, axis="x")

@@ -31,16 +31,16 @@ class progress(tqdm):
     """tqdm whose notebook form is an HTML bar updated in place, with no widget state to store and nothing on stderr.
 
     `for batch in progress(batches, desc="fit"):` or `with progress(total=n, desc=...) as bar: bar.update()`.
-    In a terminal it is tqdm as it is.
+    `unit` is what it counts, "step" if not given. In a terminal it is tqdm as it is.
     """
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args, unit="step", **options):
         self.in_notebook = getattr(get_ipython(), "kernel", None) is not None
         self.handle = None
         self.note = None  # replaces the closing line
         if self.in_notebook:
             options |= {"gui": True, "leave": True}  # gui: tqdm prints nothing by itself
-        super().__init__(*args, **options)
+        super().__init__(*args, unit=unit, **options)
         if self.in_notebook and not self.disable:
             self.handle = display(_Line(f"{self.desc or ''} …", 0), display_id=True)
 
@@ -58,7 +58,7 @@ class progress(tqdm):
     def close(self):
         if self.handle is not None:
             seconds = time.time() - self.start_t
-            self.handle.update(_Line(self.note or f"{self.desc or ''}: {self.n:,} steps, {seconds:.1f} s", 1))
+            self.handle.update(_Line(self.note or f"{self.desc or ''}: {self.n:,} {self.unit}s, {seconds:.1f} s", 1))
             self.handle = None
             self.disable = True
             with self.get_lock():

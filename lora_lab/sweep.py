@@ -35,7 +35,7 @@ def sweep(run, settings, *, label: str, workers: int | None = None) -> list:
     files = [kept / f"{key(run.__name__, sorted(setting.items()))}.json" for setting in settings]
     found = dict(enumerate(map(_read, files)))
     missing = [k for k, text in found.items() if text is None]
-    with progress(total=len(settings), desc=label) as bar:
+    with progress(total=len(settings), desc=label, unit="run") as bar:
         bar.update(len(settings) - len(missing))
         if not missing:
             bar.note = f"{label}: {len(settings)} runs, from the cache"

@@ -20,12 +20,12 @@ class History(NamedTuple):
 
 
 def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float | None = None, steps: int | None = None,
-        batch_size: int = 128, weight_decay: float = 0.0, constant_lr: bool = False,
+        batch_size: int = 128, weight_decay: float = 0.0,
         watch: Callable[[nn.Module], object] | None = None, watch_at=(), label: str | None = "fit") -> History:
     """Train, in place, those parameters of `model` that require a gradient.
 
     AdamW on the cross-entropy of `data` (x (n, ...), y (n,)), in batches drawn by index without replacement within an
-    epoch. The learning rate goes up to `lr` and down again in one cycle (arXiv 1708.07120) unless `constant_lr`.
+    epoch. The learning rate goes up to `lr` and down again in one cycle (arXiv 1708.07120).
     Give either `epochs` or `steps`. `watch(model)` is called before step k for each k in `watch_at` (k = the number of
     steps means: at the end). `label` names the progress line; None: no line.
     The same seed on the same number of threads gives bit-identical weights; the caller's random state is untouched.
@@ -46,7 +46,7 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
     if steps < 1:
         raise ValueError(f"{steps} steps: nothing to train for")
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
-    schedule = None if constant_lr else torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps + 1)
     order = torch.Generator().manual_seed(seed)
     losses, watched, watch_at = [], {}, set(watch_at)
     was_training = model.training
@@ -67,8 +67,7 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if schedule:
-                schedule.step()
+            schedule.step()
             losses.append(loss.detach())
             if bar is not None:
                 bar.update()
