@@ -1,7 +1,7 @@
 """What `pytest --nbval` lacks; loaded with `-p tests.nbval_strict`.
 
-A kernel that has died is noticed within a second (nbval waits for the whole cell timeout), and a cell that was never
-run fails (nbval compares nothing and passes it).
+A kernel that has died is noticed within a second (nbval waits for the whole cell timeout), a cell without end ends
+soon, and a cell that was never run fails (nbval compares nothing and passes it).
 """
 
 import time
@@ -31,6 +31,24 @@ def await_reply(self, msg_id, timeout=None):
 
 
 RunningKernel.await_reply = await_reply
+QUIET = 40  # seconds: a cell that works for more than 3 s shows progress, so one that shows none has long gone astray
+
+
+def cell_timeout(cell, given: float) -> float:
+    """`given` for a cell whose stored output has a progress line, QUIET at most for any other."""
+    return given if "◷" in str(cell.get("outputs")) else min(given, QUIET)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    if not isinstance(item, IPyNbCell):
+        return (yield)
+    option = item.config.option
+    given, option.nbval_cell_timeout = option.nbval_cell_timeout, cell_timeout(item.cell, option.nbval_cell_timeout)
+    try:
+        return (yield)
+    finally:
+        option.nbval_cell_timeout = given
 
 
 def pytest_runtest_setup(item):

@@ -371,6 +371,8 @@ def test_a_module_in_two_places_is_adapted_once_in_both(tmp_path):
     assert merged[2] is merged[0] and count_parameters(model).lora == 2 * (4 + 4)
     save_adapter(model, tmp_path)
     assert load_adapter(model, tmp_path) == ["0"] and model[2] is model[0]
+    remove(model)
+    assert inject(model, ["2"], 2, 4) == ["2"] and model[2] is model[0], "either name means it"
 
 
 class Tied(nn.Module):
@@ -503,6 +505,11 @@ def test_adapters_switch_on_one_base_bit_for_bit(tmp_path):
         assert torch.equal(model(x), outputs[name])
     attach(model, kept)
     assert torch.equal(model(x), outputs["a"])
+    taken = adapter_of(model)
+    with torch.no_grad():
+        model[0].lora_A.zero_()
+    assert taken.layers["0"].A.any(), "taken off as a copy"
+    attach(model, taken)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{i}.lora_{k}" for i in "04" for k in "AB"}
     with torch.no_grad():
         model[0].lora_B.zero_()

@@ -313,6 +313,19 @@ def test_round_trip_is_bit_equal(case, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_layers_of_both_scaling_rules_go_into_one_file(tmp_path):
+    model, x = MLP(), torch.randn(4, 784)
+    model.fc1 = LoRALinear(model.fc1, 4, 8, rslora=True)  # by hand: inject gives all layers the same rule
+    model.fc2 = LoRALinear(model.fc2, 4, 8)
+    with torch.no_grad():
+        for p in lora_parameters(model):
+            p.normal_()
+    want = model(x)
+    save_adapter(model, tmp_path)
+    load_adapter(model, tmp_path)
+    assert model.fc1.scaling == 4 and model.fc2.scaling == 2 and torch.equal(model(x), want)
+
+
 def test_the_file_holds_a_and_b_and_nothing_else(tmp_path):
     model = MLP()
     inject(model, "all-linear", 4, 8)
@@ -332,6 +345,7 @@ def test_the_file_holds_a_and_b_and_nothing_else(tmp_path):
     (MLP, dict(target_modules=r"fc[13]", r=16, lora_alpha=4)),
     (MLP, dict(target_modules=["fc1", "fc2"], use_rslora=True, r=16)),
     (MLP, dict(target_modules=["fc1", "fc2", "fc3"], rank_pattern={"fc1": 2, "^fc2": 4}, alpha_pattern={"fc[23]": 16})),
+    (MLP, dict(target_modules=["fc1", "fc2"], rank_pattern={"c1": 2}, alpha_pattern={"c2": 1})),  # not the ends at a dot
     (MLP, dict(target_modules=["fc1"], lora_dropout=0.5)),
     (MLP, dict(target_modules=["fc1"], init_lora_weights=False)),
     (MLP, dict(target_modules=["fc1"], init_lora_weights="gaussian")),
@@ -350,6 +364,7 @@ def test_we_load_what_peft_saves(make, settings, tmp_path):
     ours, base = twins(make)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "lora with eva initialization", UserWarning)
+        warnings.filterwarnings("ignore", ".*keys did not match any targeted module", RuntimeWarning)
         theirs = peft.get_peft_model(base, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **settings}))
     trained_peft(theirs).eval().save_pretrained(tmp_path)
     assert set(load_adapter(ours.eval(), tmp_path)) == set(peft_layers(theirs))

@@ -159,7 +159,8 @@ def two_row_adapter(answer) -> Verdict:
 
 def adapter_bytes(answer) -> Verdict:
     def draw(g):
-        return [tuple(s) for s in torch.randint(5, 90, (3, 2), generator=g).tolist()], *torch.randint(2, 9, (2,), generator=g).tolist()
+        shapes = [tuple(s) for s in torch.randint(5, 90, (3, 2), generator=g).tolist()]
+        return shapes, *torch.randint(2, 9, (2,), generator=g).tolist()
 
     def truth(shapes, r, bytes_per_number=4):
         return bytes_per_number * sum(r * (m + n) for m, n in shapes)

@@ -11,6 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from tests.nbval_strict import cell_timeout
+
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 OPTIONS = re.search(r"--nbval notebooks ((?:.*\\\n)*.*)",
@@ -102,3 +104,8 @@ def test_an_endless_cell_ends_at_the_cell_timeout(endless, name):
     assert "Timeout of 3 seconds exceeded" in endless[0][name][0]
     assert endless[0]["good"] == ["passed", "passed"]
     assert endless[1] < 200
+
+
+def test_only_a_cell_that_shows_progress_may_take_the_whole_timeout():
+    assert cell_timeout(cell("1"), 120) == 40 and cell_timeout(cell("1"), 3) == 3
+    assert cell_timeout(cell("1", value="◷ fit: 3 steps"), 120) == 120
