@@ -345,7 +345,7 @@ def test_the_file_holds_a_and_b_and_nothing_else(tmp_path):
     (MLP, dict(target_modules=r"fc[13]", r=16, lora_alpha=4)),
     (MLP, dict(target_modules=["fc1", "fc2"], use_rslora=True, r=16)),
     (MLP, dict(target_modules=["fc1", "fc2", "fc3"], rank_pattern={"fc1": 2, "^fc2": 4}, alpha_pattern={"fc[23]": 16})),
-    (MLP, dict(target_modules=["fc1", "fc2"], rank_pattern={"c1": 2}, alpha_pattern={"c2": 1})),  # not the ends at a dot
+    (MLP, dict(target_modules=["fc1", "fc2"], rank_pattern={"c1": 2}, alpha_pattern={"c2": 1})),  # no ends at a dot
     (MLP, dict(target_modules=["fc1"], lora_dropout=0.5)),
     (MLP, dict(target_modules=["fc1"], init_lora_weights=False)),
     (MLP, dict(target_modules=["fc1"], init_lora_weights="gaussian")),

@@ -100,6 +100,14 @@ def test_the_header_says_what_one_gets_and_what_it_takes(nb):
     assert re.search(r"\*\*Time\*\*: about \d+ minutes to read, \d+ s to compute", header)
 
 
+def test_the_maps_give_the_minutes_of_the_header(nb):
+    minutes = re.search(r"about (\d+) minutes to read", nb.cells[0].source)[1]
+    maps = [notebooks.FOLDER.parent / "README.md"] + [NOTEBOOKS[0]] * (nb.path != NOTEBOOKS[0])
+    for path in maps:
+        row = next(line for line in path.read_text(encoding="utf-8").splitlines() if f"{nb.path.name}) |" in line)
+        assert re.search(r"(\d+) \|\D*$", row)[1] == minutes, f"{path.name}: {row}"
+
+
 def test_the_header_links_to_its_neighbours(nb):
     number = COURSE.index(nb.path.stem)
     targets = re.findall(r"\]\(([^)#\s]+\.ipynb)\)", nb.cells[0].source.splitlines()[-1])
