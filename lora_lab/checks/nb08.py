@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 from lora_lab.checks import Mistake, Verdict, grade, grade_value
 
@@ -30,23 +31,26 @@ def _same_update(A1, B1, A2, B2):
 
 
 def _adapters(generator):
-    """Equal updates with equal or with turned factors, and different ones with or without a common A."""
+    """Equal updates with equal, scaled or turned factors, and different ones with or without a common A."""
     r, m, n = 2, *_sizes(generator, 2, 4, 10)
     A, B = torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator)
-    mix = torch.tensor([[2.0, 1.0], [1.0, 1.0]])  # its determinant is 1
+    mix = torch.tensor([[2.1, 0.9], [0.7, 1.3]])
     other = torch.randn(m, r, generator=generator)
     return [(A, B, mix @ A, B @ torch.linalg.inv(mix)), (A, B, A, other / other.norm() * B.norm()),
-            (A, B, A.clone(), B.clone()), (A, B, A, -B)][torch.randint(4, (1,), generator=generator)]
+            (A, B, A.clone(), B.clone()), (A, B, A, -B),
+            (A, B, 2 * A, B / 2)][torch.randint(5, (1,), generator=generator)]
 
 
-def _phi(U, V):
-    return (U.T @ V).square().sum().item() / min(U.shape[1], V.shape[1])
+def _later_phi(V1, V2, first, last):
+    U, V = V1[:, first - 1:last], V2[:, first - 1:last]
+    return (U.T @ V).square().sum().item() / (last - first + 1)
 
 
 def _bases(generator):
-    d, i, j = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((9, 14), (2, 4), (5, 8)))
-    U, V = (torch.linalg.qr(torch.randn(d, k, generator=generator)).Q for k in (i, j))
-    return (U, V) if torch.rand(1, generator=generator) < 0.5 else (V, U)
+    d, i, j = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((11, 16), (6, 8), (8, 10)))
+    V1, V2 = (torch.linalg.qr(torch.randn(d, k, generator=generator)).Q for k in (i, j))
+    first, last = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((2, 4), (5, 7)))
+    return V1, V2, first, last
 
 
 def _random_projection(W_norm, r, m, n):
@@ -58,23 +62,26 @@ def _weight(generator):
     return 5 * torch.rand(1, generator=generator).item() + 1, int(torch.randint(2, 9, (1,), generator=generator)), m, n
 
 
-def _offset(z, left, right, signs):
-    Z = z.view(left.shape[1], right.shape[0])
-    return signs * (left @ Z @ right).flatten()[:len(signs)] / math.sqrt(len(signs))
+def _pull_back(g, left, right, signs, scale=None):
+    padded = F.pad(signs * g, (0, len(left) * right.shape[1] - len(g)))
+    G = padded.view(len(left), right.shape[1])
+    return (left.T @ G @ right.T).flatten() / (math.sqrt(len(signs)) if scale is None else scale)
 
 
 def _grid(generator):
-    side, k, q = 8, *_sizes(generator, 2, 2, 6)
+    side, k, q, rows = 8, *_sizes(generator, 2, 2, 6), int(torch.randint(5, 8, (1,), generator=generator))
     H = torch.ones(1, 1)
     while len(H) < side:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    signs = torch.randint(2, (side * side - 5,), generator=generator) * 2.0 - 1
-    left, right = H[:, torch.randperm(side, generator=generator)[:k]], H[torch.randperm(side, generator=generator)[:q]]
-    return torch.randn(k * q, generator=generator), left, right, signs
+    signs = torch.randint(2, (rows * side - 3,), generator=generator) * 2.0 - 1
+    left = H[:rows, torch.randperm(side, generator=generator)[:k]]
+    right = H[torch.randperm(side, generator=generator)[:q]]
+    return torch.randn(len(signs), generator=generator), left, right, signs
 
 
-def _unsigned(z, left, right, signs):
-    return (left @ z.view(left.shape[1], -1) @ right).flatten()[:len(signs)]
+def _turned(g, left, right, signs):
+    G = F.pad(signs * g, (0, len(left) * right.shape[1] - len(g))).view(len(left), right.shape[1])
+    return (right @ G.T @ left).flatten() / math.sqrt(len(signs))
 
 
 MISTAKES = {
@@ -91,6 +98,8 @@ MISTAKES = {
     "same_update": [
         Mistake("you still compare the factors: (B Q^-1)(Q A) is the same update for every invertible Q",
                 lambda A1, B1, A2, B2: _close(A1, A2) and _close(B1, B2)),
+        Mistake("the products differ by rounding, in the seventh digit: compare them with a tolerance",
+                lambda A1, B1, A2, B2: torch.equal(B1 @ A1, B2 @ A2)),
         Mistake("two updates of the same size need not be the same: compare every entry of B A, not its norm",
                 lambda A1, B1, A2, B2: bool(torch.isclose((B1 @ A1).norm(), (B2 @ A2).norm(), rtol=1e-3))),
         Mistake("A B does not fit: (r, in) @ (out, r). For a square layer with r = in it would have run and been wrong",
@@ -98,17 +107,27 @@ MISTAKES = {
         Mistake("the same A reads the same directions, but B decides what is written: compare B A",
                 lambda A1, B1, A2, B2: _close(A1, A2)),
     ],
-    "phi": [
-        Mistake("you divide by the larger dimension: then a small subspace inside a large one would not get 1",
-                lambda U, V: (U.T @ V).square().sum().item() / max(U.shape[1], V.shape[1])),
+    "later_phi": [
+        Mistake("one direction is missing: number 5 is column 4, so the slice starts at first - 1",
+                lambda V1, V2, first, last:
+                (V1[:, first:last].T @ V2[:, first:last]).square().sum().item() / (last - first)),
+        Mistake("one direction is missing at the start, while you divide by all of them: slice from first - 1",
+                lambda V1, V2, first, last:
+                (V1[:, first:last].T @ V2[:, first:last]).square().sum().item() / (last - first + 1)),
+        Mistake("the stronger directions are still in it: cut them off on both sides",
+                lambda V1, V2, first, last: (V1[:, :last].T @ V2[:, :last]).square().sum().item() / last),
+        Mistake("the overlap is right, the division is not: by the number of directions compared, not by last",
+                lambda V1, V2, first, last:
+                (V1[:, first - 1:last].T @ V2[:, first - 1:last]).square().sum().item() / last),
         Mistake("you add up the overlaps unsquared: the squared Frobenius norm is wanted",
-                lambda U, V: (U.T @ V).norm().item() / min(U.shape[1], V.shape[1])),
+                lambda V1, V2, first, last:
+                (V1[:, first - 1:last].T @ V2[:, first - 1:last]).norm().item() / (last - first + 1)),
         Mistake("the division is missing: this counts the directions in common and can exceed 1",
-                lambda U, V: (U.T @ V).square().sum().item()),
-        Mistake("you divide by d, the size of the space: only the subspaces' own dimensions count",
-                lambda U, V: (U.T @ V).square().sum().item() / len(U)),
-        Mistake("U V^T does not fit: the directions are the columns, so U^T V compares each with each",
-                lambda U, V: (U @ V.T).square().sum().item() / min(U.shape[1], V.shape[1])),
+                lambda V1, V2, first, last:
+                (V1[:, first - 1:last].T @ V2[:, first - 1:last]).square().sum().item()),
+        Mistake("you cut rows; the directions are the columns, V[:, first - 1:last]",
+                lambda V1, V2, first, last:
+                (V1[first - 1:last].T @ V2[first - 1:last]).square().sum().item() / (last - first + 1)),
     ],
     "chance": [
         Mistake("it is the larger subspace that is easy to hit: 32, not 4, is divided by 512", 4 / 512),
@@ -126,16 +145,25 @@ MISTAKES = {
         Mistake("that is for r pairs (u_k, v_k) of directions; the r x r block U^T W V has r squared entries",
                 lambda W_norm, r, m, n: math.sqrt(r / (m * n)) * W_norm),
     ],
-    "offset": [
-        Mistake("the random signs are missing: without them weights that lie close move together",
-                lambda z, left, right, signs: _unsigned(z, left, right, signs) / math.sqrt(len(signs))),
-        Mistake("the division by sqrt(D) is missing: a column of D entries +1 and -1 has length sqrt(D)",
-                lambda z, left, right, signs: signs * _unsigned(z, left, right, signs)),
-        Mistake("you divide by D, but the length of a column of D entries +1 and -1 is sqrt(D)",
-                lambda z, left, right, signs: signs * _unsigned(z, left, right, signs) / len(signs)),
-        Mistake("z is laid out the other way: Z is (k, d/k), as many rows as left has columns, read row by row",
-                lambda z, left, right, signs: signs * (left @ z.view(len(right), -1).T @ right).flatten()[:len(signs)]
-                / math.sqrt(len(signs))),
+    "pull_back": [
+        Mistake("the random signs are missing: each weight was turned on the way out, so turn it again",
+                lambda g, left, right, signs: _pull_back(g, left, right, torch.ones_like(signs))),
+        Mistake("the division by sqrt(D) is missing: P has it, so its transpose has it too",
+                lambda g, left, right, signs: _pull_back(g, left, right, signs, scale=1)),
+        Mistake("you divide by D, but P has 1 / sqrt(D), and so has its transpose",
+                lambda g, left, right, signs: _pull_back(g, left, right, signs, scale=len(signs))),
+        Mistake("P is not inverted but transposed: divide by sqrt(D), as P does, do not multiply",
+                lambda g, left, right, signs: _pull_back(g, left, right, signs, scale=len(signs) ** -0.5)),
+        Mistake("the numbers are right, their order is not: lay out (k, q) row by row, as Z is",
+                _turned),
+        Mistake("g has D entries, the rectangle a few more: fill up with zeros before you lay it out",
+                lambda g, left, right, signs:
+                (left.T @ (signs * g).view(len(left), -1) @ right.T).flatten() / math.sqrt(len(signs))),
+        Mistake("g has D entries, the rectangle a few more: fill up with zeros, then lay it out",
+                lambda g, left, right, signs:
+                (left.T @ (signs * g).view(len(left), right.shape[1]) @ right.T).flatten() / math.sqrt(len(signs))),
+        Mistake("this gives the rectangle (k, q); z is flat: lay it out row by row",
+                lambda g, left, right, signs: _pull_back(g, left, right, signs).view(left.shape[1], -1)),
     ],
     "frozen_a_rank": [
         Mistake("that is the rank of the LoRA beside it: with A frozen each unit of rank costs fewer numbers", 4),
@@ -152,13 +180,18 @@ def relative_error(answer) -> Verdict:
 
 
 def same_update(answer) -> Verdict:
-    return grade(answer, _same_update, _adapters, MISTAKES["same_update"], rounds=8,
+    def plain(*adapters):
+        got = answer(*adapters)
+        one = isinstance(got, torch.Tensor) and got.dtype == torch.bool and got.numel() == 1
+        return got.item() if one else got  # (X - Y).norm() < 1e-4 is as good as True or False
+
+    return grade(plain, _same_update, _adapters, MISTAKES["same_update"], rounds=20,
                  why="A and B are only two of many ways to write an update; what the layer feels is B A")
 
 
-def phi(answer) -> Verdict:
-    return grade(answer, _phi, _bases, MISTAKES["phi"],
-                 "1 when one subspace holds the other, whatever basis either was given in")
+def later_phi(answer) -> Verdict:
+    return grade(answer, _later_phi, _bases, MISTAKES["later_phi"],
+                 "a shared top direction can no longer pass for agreement of all the others")
 
 
 def chance(answer) -> Verdict:
@@ -172,9 +205,9 @@ def random_projection(answer) -> Verdict:
                  "the control of table 7: what any W shows between directions that mean nothing")
 
 
-def offset(answer) -> Verdict:
-    return grade(answer, _offset, _grid, MISTAKES["offset"],
-                 "three small matrices in place of a D x d one: 600 MB become 1 MB")
+def pull_back(answer) -> Verdict:
+    return grade(answer, _pull_back, _grid, MISTAKES["pull_back"],
+                 "z needs the gradient of every weight first, so d numbers are trained but D gradients are paid for")
 
 
 def frozen_a_rank(answer) -> Verdict:

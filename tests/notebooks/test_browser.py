@@ -124,6 +124,13 @@ def test_run_all_in_jupyterlab(page, path, record_property):
     pictures = page.evaluate(PICTURES)
     assert len(pictures) >= len(stored)
     assert all(alt.strip() and "No description" not in alt and drawn for alt, drawn in pictures), pictures
+    with_slider = page.locator(".jp-Cell", has=page.locator(".noUi-handle")).all()
+    assert len(with_slider) == sum("IntSlider(" in cell["source"] for cell in cells)
+    for cell in with_slider:
+        picture = cell.locator("img")
+        before = picture.get_attribute("src", timeout=20_000)
+        cell.locator(".noUi-handle").press("ArrowRight", timeout=20_000)
+        playwright.expect(picture).not_to_have_attribute("src", before, timeout=20_000)
     page.evaluate(CLOSE)
     assert not page.wrong
     record_property("notebooks run in a browser", 1)
