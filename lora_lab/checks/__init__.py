@@ -56,6 +56,7 @@ def blank(answer) -> bool:
 
 def same(a, b, tol: float = 1e-4) -> bool:
     """Whether two results agree: numbers and arrays within `tol` of their size, sequences item by item, else ==."""
+    a, b = (v.item() if isinstance(v, torch.Tensor) and v.dtype == torch.bool and v.numel() == 1 else v for v in (a, b))
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(same(x, y, tol) for x, y in zip(a, b, strict=True))
     if isinstance(a, (bool, str)) or isinstance(b, (bool, str)):
@@ -95,6 +96,8 @@ def grade_value(answer, truth, mistakes: Sequence[Mistake], why: str, *, hint: s
     """Compare a predicted value. `hint` answers a wrong one that is no known mistake."""
     if blank(answer):
         return NOT_ATTEMPTED
+    if isinstance(answer, str) and isinstance(truth, str) and answer.strip(" .)").lower() == truth.lower():
+        return right(why)
     if same(answer, truth, tol):
         return right(why)
     for mistake in mistakes:
