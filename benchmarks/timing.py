@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def interleaved(contestants: dict[str, Callable], rounds: int = 60, warmup: int = 5) -> dict[str, list[float]]:
+def interleaved(contestants: dict[str, Callable], rounds: int, warmup: int = 5) -> dict[str, list[float]]:
     """Seconds of each call, by name; in every round each contestant runs once, in a new random order."""
     shuffle = random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in contestants}

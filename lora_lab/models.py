@@ -64,6 +64,7 @@ def base_model(seed: int = 0, epochs: float = 3, batch_size: int = 256, lr: floa
         model.load_state_dict(kept)
         with progress(total=1, desc="base model") as bar:
             bar.note = "base model: from the cache"
+            bar.update()
     else:
         fit(model, mnist()[0].only(OLD), label="base model", **settings)
         weights = model.state_dict()
