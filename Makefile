@@ -40,7 +40,7 @@ lab:
 	$(call setup,lab $(PORT))
 
 check: env
-	@$(PY) -m lora_lab.environment
+	@$(PY) tools/check_env.py details
 
 # Two workers with one thread each are faster than two that fight for both cores: hence OMP_NUM_THREADS=1.
 test: env-test

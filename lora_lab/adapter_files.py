@@ -19,13 +19,12 @@ from torch import Tensor
 from lora_lab.cache import written_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-# PEFT's settings that say nothing about what a finished adapter computes
-NEUTRAL = {"auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights",
-           "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
-           "task_type"}
 NARROWING = {"exclude_modules", "layers_to_transform", "layers_pattern"}  # PEFT's ways to adapt fewer than the targets
-UNDERSTOOD = {"peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "bias"}
+# PEFT's settings that are read here, and those that say nothing about what a finished adapter computes
+ACCEPTED = NARROWING | {
+    "peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"}
 BASE_UNCHANGED = {"true", "false", "gaussian", "orthogonal", "eva", "mica"}  # starts that leave the base as it was
 
 
@@ -43,98 +42,81 @@ class LayerWeights(NamedTuple):
     dropout: float = 0.0
 
 
-class Adapter(NamedTuple):
-    """The weights by layer path, and the layers that are meant: names as in PEFT, or a regular expression."""
+def write(directory, layers: dict[str, LayerWeights], modules) -> None:
+    """Write both files for the adapted `layers`, by path; `modules` are the paths of all modules of their model.
 
-    layers: dict[str, LayerWeights]
-    target_modules: list[str] | str
-
-
-def write(adapter: Adapter, directory) -> None:
-    """Write both files. Raises ValueError, with the directory as it was, if a value is not finite."""
-    directory = Path(directory)
-    tensors = {}
-    for path, layer in adapter.layers.items():
+    Raises ValueError, with the directory as it was, if a value is not finite."""
+    directory, tensors = Path(directory), {}
+    for path, layer in layers.items():
         for letter, tensor in (("A", layer.A), ("B", layer.B)):
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"lora_{letter} of layer {path!r} holds NaN or Inf: not saved. Did training diverge?")
-            tensors[f"{PREFIX}{path}.lora_{letter}.weight"] = tensor.detach().cpu().contiguous()
+            tensors[_name(path, letter)] = tensor.detach().cpu().contiguous()
     directory.mkdir(parents=True, exist_ok=True)
     config = directory / CONFIG
     # The last to be opened is the first to be in place: no config, then the new weights, then the new config.
     with written_whole(config) as new_config, written_whole(directory / WEIGHTS) as new_weights:
         save_file(tensors, new_weights, {"format": "pt"})
-        new_config.write_text(json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n")
+        new_config.write_text(json.dumps(_config(layers, modules), indent=2, sort_keys=True) + "\n")
         config.unlink(missing_ok=True)  # without a config nobody reads half of each
 
 
-def read(directory) -> Adapter:
-    """Read both files. Raises FileNotFoundError or AdapterError."""
-    directory = Path(directory)
-    for name in (CONFIG, WEIGHTS):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} has no {name}: not an adapter, or its saving was interrupted")
-    config_file = directory / CONFIG
+def read(directory, shapes: dict[str, tuple[int, int]]) -> dict[str, LayerWeights]:
+    """Read the adapter for a model whose linear layers have weights of these `shapes`: path to (out, in).
+
+    Raises FileNotFoundError if a file is missing, and AdapterError, which names it, for any tensor or setting that is
+    missing, too many, misshapen, not finite or not plain LoRA of these layers."""
+    config_file, weights_file = Path(directory, CONFIG), Path(directory, WEIGHTS)
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"{directory} has no {file.name}: not an adapter, or its saving was interrupted")
     text = config_file.read_bytes()
-    config, pairs = _config_from(text, config_file), _pairs(_read_tensors(directory / WEIGHTS))
+    config, tensors = _read_config(text, config_file), _read_tensors(weights_file)
     if config_file.read_bytes() != text:
         raise AdapterError(f"{directory} was written anew while it was read: read it again")
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    try:
+        meant = {path: (_pattern(config, "rank_pattern", path, config["r"]),
+                        _pattern(config, "alpha_pattern", path, config["lora_alpha"]))
+                 for path in shapes if _is_target(config["target_modules"], path)}
+    except (AttributeError, TypeError, re.error) as error:
+        raise AdapterError(f"{config_file}: target_modules, rank_pattern or alpha_pattern cannot be read: "
+                           f"{error}") from error
+    if any(config.get(name) is not None for name in NARROWING):  # then the tensors say which layers are left
+        meant = {path: both for path, both in meant.items() if _name(path, "A") in tensors}
     layers = {}
-    for path, (A, B) in pairs.items():
-        r, alpha = _pattern(ranks, path, config["r"]), _pattern(alphas, path, config["lora_alpha"])
-        if A.shape[0] != r or B.shape[1] != r:
-            raise AdapterError(f"layer {path!r}: the config says r = {r}, but lora_A is {tuple(A.shape)} and lora_B "
-                               f"{tuple(B.shape)}; expected ({r}, in) and (out, {r})")
+    for path, (r, alpha) in meant.items():
+        out_features, in_features = shapes[path]
+        A, B = (_take(tensors, _name(path, letter), shape)
+                for letter, shape in (("A", (r, in_features)), ("B", (out_features, r))))
         layers[path] = LayerWeights(A, B, alpha, bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0)
-    narrowed = any(config.get(name) is not None for name in NARROWING)  # then the file's own list counts
-    return Adapter(layers, _expression(layers) if narrowed else config["target_modules"])
+    if tensors or not layers:
+        raise AdapterError(f"{weights_file} holds {', '.join(map(repr, tensors)) or 'nothing'}, which is no lora_A or "
+                           "lora_B of a layer that the config's target_modules mean. Linear layers of the model: "
+                           f"{', '.join(map(repr, shapes)) or 'none'}; meant: {', '.join(layers) or 'none'}")
+    return layers
 
 
-def targets(paths, modules) -> list[str] | str:
-    """PEFT's target_modules for these `paths` among the `modules` of a model. PEFT takes a listed name for the end of
-    a path too; where that would reach a module that is not meant, a regular expression."""
-    paths = sorted(paths)
-    return _expression(paths) if any(_is_target(paths, name) for name in set(modules) - set(paths)) else paths
+def _name(path: str, letter: str) -> str:
+    return f"base_model.model.{path}.lora_{letter}.weight"
 
 
-def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, int]]) -> None:
-    """Raise AdapterError unless the adapter is for exactly these linear layers: `shapes` maps path to (out, in)."""
-    for path, layer in adapter.layers.items():
-        if path not in shapes:
-            raise AdapterError(f"the adapter is for a linear layer {path!r}, which the model does not have. "
-                               f"It has: {', '.join(map(repr, shapes)) or 'none'}")
-        found = (layer.B.shape[0], layer.A.shape[1])
-        if found != shapes[path]:
-            raise AdapterError(f"layer {path!r}: the adapter is made for a weight of shape {found} (out, in), the "
-                               f"model's is {shapes[path]}")
-    for path in shapes:
-        if _is_target(adapter.target_modules, path) and path not in adapter.layers:
-            raise AdapterError(f"the config means layer {path!r} as well, but the file has no lora_A and lora_B for it")
-    for path in adapter.layers:
-        if not _is_target(adapter.target_modules, path):
-            raise AdapterError(f"the file has tensors for layer {path!r}, which the config's target_modules leave out")
-
-
-def _config(adapter: Adapter) -> dict:
+def _config(layers: dict[str, LayerWeights], modules) -> dict:
     """Every setting that PEFT needs to rebuild the adapter; the commonest r and alpha, and patterns for the others."""
-    rslora = all(layer.rslora for layer in adapter.layers.values())
-
-    def rank_and_alpha(layer: LayerWeights):
-        r = len(layer.A)
-        return r, layer.alpha * math.sqrt(r) if layer.rslora and not rslora else layer.alpha
-
-    both = {path: rank_and_alpha(layer) for path, layer in adapter.layers.items()}
+    rslora, both, paths = all(layer.rslora for layer in layers.values()), {}, sorted(layers)
+    for path, (A, _, alpha, root, _) in layers.items():
+        both[path] = len(A), alpha * math.sqrt(len(A)) if root and not rslora else alpha
     r, alpha = Counter(both.values()).most_common(1)[0][0]
+    # PEFT takes a listed name for the end of a path too; where that would reach another module, it gets an expression
+    safe = not any(_is_target(paths, other) for other in set(modules) - set(paths))
     return dict(peft_type="LORA", task_type=None, base_model_name_or_path=None, inference_mode=True,
-                r=r, lora_alpha=alpha, lora_dropout=max(layer.dropout for layer in adapter.layers.values()),
+                r=r, lora_alpha=alpha, lora_dropout=max(layer.dropout for layer in layers.values()),
                 bias="none", fan_in_fan_out=False, use_rslora=rslora, use_dora=False, init_lora_weights=True,
-                modules_to_save=None, target_modules=adapter.target_modules,
+                modules_to_save=None, target_modules=paths if safe else "|".join(map(re.escape, paths)),
                 rank_pattern={f"^{re.escape(p)}": n for p, (n, _) in both.items() if n != r},
                 alpha_pattern={f"^{re.escape(p)}": a for p, (_, a) in both.items() if a != alpha})
 
 
-def _config_from(text: bytes, path: Path) -> dict:
+def _read_config(text: bytes, path: Path) -> dict:
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -144,22 +126,13 @@ def _config_from(text: bytes, path: Path) -> dict:
     for name in ("r", "lora_alpha", "target_modules"):
         if config.get(name) is None:
             raise AdapterError(f"{path} does not say {name}")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{path}: bias = {config['bias']!r}: trained biases are not part of plain LoRA")
     if str(start := config.get("init_lora_weights", True)).lower() not in BASE_UNCHANGED:
         raise AdapterError(f"{path}: init_lora_weights = {start!r} changes the base's weights too. Save it from PEFT "
                            "converted to plain LoRA (path_initial_model_for_weight_conversion).")
     for name, value in config.items():
-        if value and name not in NEUTRAL | NARROWING | UNDERSTOOD:
+        if value and name not in ACCEPTED and (name, value) != ("bias", "none"):
             raise AdapterError(f"{path}: {name} = {value!r} goes beyond plain LoRA on linear layers, which is all that "
                                "is read here")
-    try:
-        for patterns in (config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}):
-            for key in patterns.keys():
-                re.compile(key)
-        _is_target(config["target_modules"], "")
-    except (AttributeError, TypeError, re.error) as error:
-        raise AdapterError(f"{path}: target_modules, rank_pattern or alpha_pattern cannot be read: {error}") from error
     return config
 
 
@@ -175,34 +148,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Path to (A, B). Raises AdapterError for any tensor that is neither, and for one without the other."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.*)\.lora_([AB])\.weight", name)
-        if not match:
-            raise AdapterError(f"unexpected tensor {name!r}: plain LoRA has {PREFIX}<layer>.lora_A.weight and "
-                               ".lora_B.weight")
-        if tensor.ndim != 2:
-            raise AdapterError(f"{name} has shape {tuple(tensor.shape)}; a matrix was expected")
-        halves.setdefault(match[1], {})[match[2]] = tensor
-    if not halves:
-        raise AdapterError("the file holds no tensors at all")
-    for path, found in halves.items():
-        for letter in "AB":
-            if letter not in found:
-                raise AdapterError(f"lora_{letter} of layer {path!r} is missing from the file")
-    return {path: (found["A"], found["B"]) for path, found in halves.items()}
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple) -> Tensor:
+    """Take out one tensor, of this shape by the config's r and the model's layer."""
+    if name not in tensors:
+        raise AdapterError(f"{name} is missing from the file, but the config's target_modules mean its layer")
+    if tuple(tensors[name].shape) != shape:
+        raise AdapterError(f"{name} has shape {tuple(tensors[name].shape)}; by the config's r and the model's layer, "
+                           f"{shape} was expected")
+    return tensors.pop(name)
 
 
-def _pattern(patterns: dict, path: str, default):
+def _pattern(config: dict, setting: str, path: str, default):
     """PEFT's rule: the first key that, as a regular expression, matches the path or its end after a dot."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
-
-
-def _expression(paths) -> str:
-    """A regular expression for exactly these paths."""
-    return "|".join(re.escape(path) for path in sorted(paths))
+    patterns = (config.get(setting) or {}).items()
+    return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 def _is_target(target_modules: list[str] | str, path: str) -> bool:

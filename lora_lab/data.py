@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import urllib.request
+from contextlib import suppress
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
@@ -54,12 +55,6 @@ class Digits(NamedTuple):
         return Digits(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]))
 
 
-@cache
-def _pixels_and_labels(split: str) -> tuple[Tensor, Tensor]:
-    images, labels = (_read_idx(f"{split}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-    return torch.from_numpy(images), torch.from_numpy(labels).long()
-
-
 def mnist(flat: bool = True) -> tuple[Digits, Digits]:
     """MNIST's 60,000 training and 10,000 test examples, normalised to mean 0 and standard deviation 1.
 
@@ -67,10 +62,27 @@ def mnist(flat: bool = True) -> tuple[Digits, Digits]:
     tensors from the pixels kept in memory. Raises DataError if a file is missing and cannot be had, or is damaged.
     Source: LeCun, Cortes, Burges; see data/README.md.
     """
-    shape = (-1, 784) if flat else (-1, 1, 28, 28)
-    train, test = (Digits(x.reshape(shape).float().div_(255).sub_(MEAN).div_(STD), y.clone())
-                   for x, y in (_pixels_and_labels("train"), _pixels_and_labels("t10k")))
-    return train, test
+    train, test = _normalised(_pixels("train")), _normalised(_pixels("t10k"))
+    return (train, test) if flat else tuple(part._replace(x=part.x.view(-1, 1, 28, 28)) for part in (train, test))
+
+
+def few_digits(split: str, n: int, seed: int, digits=OLD + NEW) -> Digits:
+    """`n` random examples of MNIST's "train" or "t10k" part with a label in `digits`, flat.
+
+    Fewer from the same seed are the first of them. Unlike mnist(), this does not make floats (220 MB) of all the
+    others, which several processes at once could not afford. Raises ValueError if there are not so many."""
+    return _normalised(_pixels(split).only(digits).sample(n, seed))
+
+
+@cache
+def _pixels(split: str) -> Digits:
+    """As in the files: x (n, 28, 28) from 0 to 255."""
+    images, labels = (_read_idx(f"{split}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    return Digits(torch.from_numpy(images), torch.from_numpy(labels).long())
+
+
+def _normalised(pixels: Digits) -> Digits:
+    return Digits(pixels.x.reshape(-1, 784).float().div_(255).sub_(MEAN).div_(STD), pixels.y.clone())
 
 
 def _read_idx(name: str) -> np.ndarray:
@@ -98,20 +110,16 @@ def _fetched(name: str) -> bytes:
     """The file's bytes from the cache folder, after a download from torchvision's mirrors if it is not whole there.
 
     Only the original is kept: neither half a file nor the log-in page that some networks send instead."""
-    from torchvision.datasets import MNIST
+    from torchvision.datasets import MNIST  # here, not above: it takes a second
 
     kept = folder() / name
     if kept.exists() and _original(packed := kept.read_bytes(), name):
         return packed
     for mirror in MNIST.mirrors:
-        try:
-            with urllib.request.urlopen(mirror + name, timeout=20) as response:
-                packed = response.read()
-        except (OSError, HTTPException):
-            continue
-        if _original(packed, name):
-            with written_whole(kept) as part:
-                part.write_bytes(packed)
-            return packed
+        with suppress(OSError, HTTPException), urllib.request.urlopen(mirror + name, timeout=20) as response:
+            if _original(packed := response.read(), name):
+                with written_whole(kept) as part:
+                    part.write_bytes(packed)
+                return packed
     raise DataError(f"{RAW / name} is missing and could not be downloaded (no network?). It belongs to the course: "
                     "put it back with `git checkout -- data/MNIST/raw`, or run this again while online.")

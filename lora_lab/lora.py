@@ -16,13 +16,14 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lab import adapter_files
-from lora_lab.adapter_files import Adapter, AdapterError, LayerWeights
+from lora_lab.adapter_files import AdapterError, LayerWeights
 
 INITS = ("gaussian", "kaiming", "pissa", "svd")
 
@@ -83,12 +84,6 @@ class LoRALinear(nn.Linear):
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}{', rslora=True' * self.rslora}"
 
 
-class _Disabled(LoRALinear):
-    """A LoRALinear inside `disabled`: weight and bias are the base's own, so its forward is the base's forward."""
-
-    forward = nn.Linear.forward
-
-
 def inject(model: nn.Module, target_modules, r, alpha, dropout: float = 0.0, init="gaussian",
            rslora: bool = False) -> list[str]:
     """Turn linear layers of `model` into LoRALinear, in place, and freeze everything but their A and B.
@@ -123,15 +118,14 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 @contextmanager
 def disabled(model: nn.Module):
     """Inside the block the LoRA layers compute what the base computes, bit for bit."""
-    layers = [layer for layer in _lora_layers(model).values() if type(layer) is LoRALinear]
+    layers = [layer for layer in _lora_layers(model).values() if "forward" not in vars(layer)]
     for layer in layers:
-        layer.__class__ = _Disabled
+        layer.forward = partial(nn.Linear.forward, layer)  # weight and bias are the base's own
     try:
         yield model
     finally:
         for layer in layers:
-            if type(layer) is _Disabled:  # it may have been removed meanwhile
-                layer.__class__ = LoRALinear
+            vars(layer).pop("forward", None)  # it may have been removed meanwhile
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -156,41 +150,43 @@ def remove(model: nn.Module) -> None:
         _become(layer, _plain(layer, layer.weight))
 
 
-def adapter_of(model: nn.Module) -> Adapter:
-    """The model's adapter by itself, as copies of its tensors: `attach` puts it on any model with such layers.
+def adapter_of(model: nn.Module) -> dict[str, LayerWeights]:
+    """The model's adapter by itself, as copies of its tensors by layer: `attach` puts it on any model with such layers.
 
     A "pissa" layer comes out as the plain LoRA of rank 2r that says the same: [A; A0] and [B, -B0].
     Raises ValueError if the model has no LoRA layers."""
-    layers = {}
+    adapter = {}
     for path, layer in _lora_layers(model).items():
         A, B, alpha = layer.lora_A.detach(), layer.lora_B.detach(), layer.alpha
         if layer.subtracts_start:
             A, B = torch.cat([A, layer.start_A]), torch.cat([B, -layer.start_B], dim=1)  # (2r, in), (out, 2r)
             alpha = alpha * (math.sqrt(2) if layer.rslora else 2)  # keeps s
         dropout = getattr(layer.dropout, "p", 0.0)
-        layers[path] = LayerWeights(A.cpu().clone(), B.cpu().clone(), alpha, layer.rslora, dropout)
-    if not layers:
+        adapter[path] = LayerWeights(A.cpu().clone(), B.cpu().clone(), alpha, layer.rslora, dropout)
+    if not adapter:
         raise ValueError("the model has no LoRA layers: inject or load an adapter first")
-    return Adapter(layers, adapter_files.targets(layers, [path for path, _ in model.named_modules()]))
+    return adapter
 
 
-def attach(model: nn.Module, adapter: Adapter) -> list[str]:
+def attach(model: nn.Module, adapter: dict[str, LayerWeights]) -> list[str]:
     """Put an adapter on the model, in place, instead of the one that it may have. Returns the adapted paths.
 
     Raises AdapterError, with the model unchanged, if the adapter does not fit its layers."""
-    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, LoRALinear)}
-    adapter_files.check_fit(adapter, {path: tuple(layer.weight.shape) for path, layer in linears.items()})
-    try:
-        for path, (A, B, alpha, _, dropout) in adapter.layers.items():
+    linears = _linears(model)
+    for path, (A, B, alpha, _, dropout) in adapter.items():
+        if path not in linears:
+            raise AdapterError(f"the adapter is for a linear layer {path!r}, which the model does not have. It has: "
+                               f"{', '.join(map(repr, linears)) or 'none'}")
+        try:
             _check(linears[path], len(A), alpha, dropout, (A, B), path)
-        _check_called(model, [linears[path] for path in adapter.layers])
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"the adapter cannot be used: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"the adapter cannot be used: {error}") from error
+    _check_called(model, [linears[path] for path in adapter])
     remove(model)
     model.requires_grad_(False)
-    for path, (A, B, alpha, rslora, dropout) in adapter.layers.items():
+    for path, (A, B, alpha, rslora, dropout) in adapter.items():
         _become(linears[path], LoRALinear(linears[path], len(A), alpha, dropout, (A, B), rslora))
-    return list(adapter.layers)
+    return list(adapter)
 
 
 def save_adapter(model: nn.Module, directory) -> None:
@@ -198,7 +194,7 @@ def save_adapter(model: nn.Module, directory) -> None:
 
     A reader sees the old adapter, none, or the new one, never a mixture. Raises ValueError if the model has no LoRA
     layers or a value is not finite; what was in the directory stays."""
-    adapter_files.write(adapter_of(model), directory)
+    adapter_files.write(directory, adapter_of(model), [path for path, _ in model.named_modules()])
 
 
 def load_adapter(model: nn.Module, directory) -> list[str]:
@@ -206,15 +202,22 @@ def load_adapter(model: nn.Module, directory) -> list[str]:
 
     Raises FileNotFoundError if a file is missing, and AdapterError, which names it, for anything that is missing,
     extra, misshapen, not finite or not plain LoRA. The model is then unchanged."""
-    return attach(model, adapter_files.read(directory))
+    shapes = {path: tuple(layer.weight.shape) for path, layer in _linears(model).items()}
+    return attach(model, adapter_files.read(directory, shapes))
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """What an adapter can be attached to, by path."""
+    return {path: m for path, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, LoRALinear)}
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
-def _fits(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+def _fitting(name: str, paths) -> list[str]:
+    """The paths that a name means: itself, or those that end in it after a dot."""
+    return [path for path in paths if path == name or path.endswith(f".{name}")]
 
 
 def _find(model: nn.Module, target_modules) -> dict[str, nn.Linear]:
@@ -226,52 +229,48 @@ def _find(model: nn.Module, target_modules) -> dict[str, nn.Linear]:
     if not names:
         raise ValueError("no layer to adapt: target_modules is empty, or the model has no nn.Linear")
     for name in names:
-        if not any(_fits(path, name) for path in linears):
-            other = next((type(m).__name__ for p, m in model.named_modules() if p and _fits(p, name)), None)
-            why = f"is a {other}, and only nn.Linear itself can be adapted" if other else "fits no layer of the model"
+        if not _fitting(name, linears):
+            other = [type(m).__name__ for p, m in model.named_modules() if p and _fitting(name, [p])]
+            why = f"is a {other[0]}, and only nn.Linear can be adapted" if other else "fits no layer of the model"
             raise ValueError(f"target {name!r} {why}. Linear layers here: {', '.join(map(repr, linears)) or 'none'}")
-    found = {}
-    for path, layer in linears.items():
-        if layer not in found.values() and any(_fits(path, name) for name in names):
-            found[path] = layer
-    return found
+    meant = {path for name in names for path in _fitting(name, linears)}
+    first = {layer: path for path, layer in reversed(linears.items()) if path in meant}
+    return {path: layer for path, layer in linears.items() if first.get(layer) == path}
 
 
 def _per_layer(setting: str, value, layers: dict) -> dict:
     """`value` for each layer; from a dict, by the exact path or else by the end of the path."""
     if not isinstance(value, dict):
         return dict.fromkeys(layers, value)
-    for name in value:
-        if not any(_fits(path, name) for path in layers):
-            raise ValueError(f"{setting} names {name!r}, which is not among the adapted layers: {', '.join(layers)}")
     chosen = {}
+    for name in sorted(value, key=len):  # the longest is the most exact one
+        if not (paths := _fitting(name, layers)):
+            raise ValueError(f"{setting} names {name!r}, which is not among the adapted layers: {', '.join(layers)}")
+        chosen |= dict.fromkeys(paths, value[name])
     for path in layers:
-        names = [name for name in value if _fits(path, name)]
-        if not names:
+        if path not in chosen:
             raise ValueError(f"{setting} has no entry for layer {path!r}")
-        chosen[path] = value[max(names, key=len)]  # the most exact one
     return chosen
 
 
 def _check(base: nn.Linear, r, alpha, dropout, init, path: str = "") -> None:
-    where = f" for layer {path!r}" if path else ""
+    where, largest = f" for layer {path!r}" if path else "", min(base.in_features, base.out_features)
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"r = {r!r}{where}: it must be an int")
-    largest = min(base.in_features, base.out_features)
     if r < 1 or (r > largest and isinstance(init, str)):
-        why = "an update of rank 0 cannot learn" if r < 1 else "no update of this layer has a higher rank"
-        raise ValueError(f"r = {r}{where}: it must be from 1 to min(in, out) = {largest}; {why}")
+        raise ValueError(f"r = {r}{where}: it must be from 1 to min(in, out) = {largest}, the highest rank it can have")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise TypeError(f"alpha = {alpha!r}{where}: it must be an int or a float")
     if not math.isfinite(alpha) or (alpha <= 0 and init == "pissa"):
         raise ValueError(f"alpha = {alpha}{where}: it must be finite, and for pissa positive")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout}{where}: it is a probability, from 0 up to but not including 1")
-    if not (init in INITS if isinstance(init, str) else isinstance(init, tuple)):
+    if isinstance(init, tuple):
+        if [tuple(t.shape) for t in init] != [(r, base.in_features), (base.out_features, r)]:
+            raise ValueError(f"A and B{where} must be ({r}, {base.in_features}) and ({base.out_features}, {r})")
+    elif init not in INITS:
         raise ValueError(f"init = {init!r}{where} is not one of {', '.join(INITS)}")
-    if not isinstance(init, str) and [tuple(t.shape) for t in init] != [(r, base.in_features), (base.out_features, r)]:
-        raise ValueError(f"A and B{where} must be of shape ({r}, {base.in_features}) and ({base.out_features}, {r})")
-    if init in ("pissa", "svd") and not (base.weight.is_meta or torch.isfinite(base.weight).all()):
+    elif init in ("pissa", "svd") and not (base.weight.is_meta or torch.isfinite(base.weight).all()):
         raise ValueError(f"init = {init!r}{where}: the weight holds NaN or Inf, so it has no singular values")
 
 

@@ -1,12 +1,11 @@
 """The course's model, its pretrained base, and what a model's parameters count up to."""
 
 import hashlib
-import json
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from lora_lab import cache
@@ -55,40 +54,34 @@ def base_model(seed: int = 0, epochs: float = 3, batch_size: int = 256, lr: floa
     is not whole is not trusted: the model is trained again. Each call returns a new model, in evaluation mode.
     """
     settings = dict(seed=seed, epochs=epochs, batch_size=batch_size, lr=lr)
-    path = cache.folder() / f"base-{cache.key(settings)}.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MLP()
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    if kept := _read(path, settings, shapes):
-        model.load_state_dict(kept)
+    kept, origin = cache.folder() / f"base-{cache.key(settings)}.safetensors", f"{settings} {model}"
+    if weights := _read(kept, origin):
+        model.load_state_dict(weights)
         with progress(total=1, desc="base model") as bar:
             bar.note = "base model: from the cache"
             bar.update()
     else:
         fit(model, mnist()[0].only(OLD), label="base model", **settings)
         weights = model.state_dict()
-        with cache.written_whole(path) as tmp:
-            save_file(weights, tmp, {"sha256": _digest(weights), "settings": json.dumps(settings)})
+        with cache.written_whole(kept) as part:
+            save_file(weights, part, {"sha256": _digest(weights, origin)})
     return model.eval()
 
 
-def _digest(weights: dict[str, Tensor]) -> str:
-    """Of names, shapes and bytes: safetensors itself checks only that its header fits."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(f"{name} {tuple(weights[name].shape)}".encode())
-        digest.update(weights[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _digest(weights: dict[str, Tensor], origin: str) -> str:
+    """Of names, shapes, bytes and where they come from: safetensors itself checks only that its header fits."""
+    return hashlib.sha256(save(weights) + origin.encode()).hexdigest()
 
 
-def _read(path, settings: dict, shapes: dict) -> dict[str, Tensor] | None:
+def _read(path, origin: str) -> dict[str, Tensor] | None:
     """The tensors of a cache file, or None if it is missing, damaged, or of another model or other settings."""
     try:
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
-            said = file.metadata() or {}
+            said = (file.metadata() or {}).get("sha256")
     except (OSError, SafetensorError):
         return None
-    whole = said.get("sha256") == _digest(weights) and said.get("settings") == json.dumps(settings)
-    return weights if whole and shapes == {name: weight.shape for name, weight in weights.items()} else None
+    return weights if said == _digest(weights, origin) else None

@@ -22,23 +22,6 @@ STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
          "lines.markersize": 5}
 
 
-class _Picture:
-    """A figure as PNG, and as HTML with alternative text: the only form in which JupyterLab passes that on."""
-
-    def __init__(self, png: bytes, alt: str, width: int):
-        self.png, self.alt, self.width = png, alt, width
-
-    def __repr__(self):
-        return f"Figure: {self.alt}"
-
-    def _repr_png_(self):
-        return self.png
-
-    def _repr_html_(self):
-        data = base64.b64encode(self.png).decode()
-        return f'<img alt="{html.escape(self.alt)}" width="{self.width}" src="data:image/png;base64,{data}">'
-
-
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.6), **options):
     """A figure in the course's style and its axes, as from plt.subplots, for a picture of your own: end with `show`."""
     with matplotlib.rc_context(STYLE):
@@ -57,21 +40,21 @@ def show(fig: Figure, alt: str, title: str = "") -> None:
         fig.savefig(raw, format="png", dpi=130, facecolor="white")
     small = io.BytesIO()  # 64 colours are enough for a chart and a quarter of the size in the notebook
     Image.open(raw).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
-    display(_Picture(small.getvalue(), alt, round(fig.get_size_inches()[0] * 100)))
+    data, width = base64.b64encode(small.getvalue()).decode(), round(fig.get_size_inches()[0] * 100)
+    page = f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">'
+    # JupyterLab passes alternative text on only as HTML; the PNG is for viewers that take none
+    display({"text/plain": f"Figure: {alt}", "image/png": data, "text/html": page}, raw=True)
 
 
-def curves(series: dict, *, title: str, xlabel: str, ylabel: str, alt: str, logx=False, logy=False, ylim=None,
-           marks: dict | None = None, size=(6.4, 3.6)) -> None:
-    """Lines: {label: (x, y)} or {label: (x, y, low, high)} with a shaded band. `marks` {text: y} are level lines."""
+def curves(series: dict, *, title: str, alt: str, marks: dict | None = None, size=(6.4, 3.6), **axes) -> None:
+    """Lines: {label: (x, y)} or {label: (x, y, low, high)} with a shaded band. `marks` {text: y} are level lines;
+    `axes` is passed on to matplotlib's Axes.set (xlabel, ylim, xscale="log", ...)."""
     fig, ax = figure(size=size)
     draw_curves(ax, series)
     for text, level in (marks or {}).items():
         ax.axhline(level, color="0.45", linewidth=1, linestyle=(0, (6, 3)))
         ax.annotate(text, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5)
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
-    if ylim:
-        ax.set_ylim(ylim)
+    ax.set(title=title, **axes)
     if len(series) > 1:
         ax.legend(fontsize=9)
     show(fig, alt)
@@ -86,23 +69,20 @@ def draw_curves(ax, series: dict) -> None:
             ax.fill_between(x, *band, color=COLOURS[k % len(COLOURS)], alpha=0.18, linewidth=0)
 
 
-def bars(values: dict, *, title: str, ylabel: str, alt: str, ylim=None, fmt="{:.1f}", size=(6.4, 3.2)) -> None:
+def bars(values: dict, *, title: str, alt: str, fmt="{:.1f}", size=(6.4, 3.2), **axes) -> None:
     """Bars with their value above: {label: value}, or {label: {group: value}} for grouped ones."""
     fig, ax = figure(size=size)
-    grouped = {label: v if isinstance(v, dict) else {"": v} for label, v in values.items()}
-    groups = list(next(iter(grouped.values())))
+    rows = [value if isinstance(value, dict) else {"": value} for value in values.values()]
+    groups, at = list(rows[0]), np.arange(len(rows))
     width = 0.8 / len(groups)
     for k, group in enumerate(groups):
-        at = np.arange(len(grouped)) + (k - (len(groups) - 1) / 2) * width
-        heights = [v[group] for v in grouped.values()]
-        drawn = ax.bar(at, heights, width * 0.94, color=COLOURS[k], hatch=["", "//", "..", "xx"][k % 4], label=group,
-                       edgecolor="white")
+        heights = [row[group] for row in rows]
+        drawn = ax.bar(at + (k - (len(groups) - 1) / 2) * width, heights, width * 0.94, color=COLOURS[k], label=group,
+                       hatch=["", "//", "..", "xx"][k % 4], edgecolor="white")
         ax.bar_label(drawn, [fmt.format(h) for h in heights], fontsize=8.5, padding=2)
-    ax.set_xticks(np.arange(len(grouped)), list(grouped))
+    ax.set_xticks(at, list(values))
     ax.grid(False, axis="x")
-    ax.set(title=title, ylabel=ylabel)
-    if ylim:
-        ax.set_ylim(ylim)
+    ax.set(title=title, **axes)
     if len(groups) > 1:
         ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, never over them
     show(fig, alt)
@@ -128,17 +108,16 @@ def images(pictures, captions=None, *, title: str, alt: str, columns: int = 8, s
     show(fig, alt, title)
 
 
-def heatmap(matrix, *, title: str, alt: str, xlabel="", ylabel="", xticks=None, yticks=None, numbers=None, limits=None,
-            size=(5.0, 4.0)) -> None:
-    """A matrix as colours. `numbers`: a format such as "{:.2f}" writes each entry into its cell."""
+def heatmap(matrix, *, title: str, alt: str, size=(5.0, 4.0), **options) -> None:
+    """A matrix as colours, with the options of `draw_heatmap`."""
     fig, ax = figure(size=size)
-    draw_heatmap(ax, matrix, xlabel, ylabel, xticks, yticks, numbers, limits)
+    draw_heatmap(ax, matrix, **options)
     ax.set_title(title)
     show(fig, alt)
 
 
 def draw_heatmap(ax, matrix, xlabel="", ylabel="", xticks=None, yticks=None, numbers=None, limits=None) -> None:
-    """The matrix of `heatmap` on axes of your own."""
+    """A matrix on axes of your own. `numbers`: a format such as "{:.2f}" writes each entry into its cell."""
     matrix = np.asarray(matrix, dtype=float)
     low, high = limits or (matrix.min(), matrix.max())
     drawn = ax.imshow(matrix, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
@@ -179,17 +158,8 @@ def plane(matrices: dict, *, title: str, alt: str, vectors: dict | None = None, 
     show(fig, alt, title)
 
 
-class _Table:
-    def __init__(self, header, rows):
-        self.header, self.rows = header, rows
-
-    def _repr_markdown_(self):
-        lines = [self.header, ["---:"] * len(self.header), *self.rows]
-        return "\n".join("| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in lines)
-
-    __repr__ = _repr_markdown_
-
-
 def table(header, rows) -> None:
     """Display a small table; every entry is turned into text by str, so format numbers first."""
-    display(_Table([str(h) for h in header], [[str(entry) for entry in row] for row in rows]))
+    lines = [header, ["---:"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(str(entry).replace("|", r"\|") for entry in line) + " |" for line in lines)
+    display({"text/plain": text, "text/markdown": text}, raw=True)

@@ -3,65 +3,42 @@
 import html
 import time
 
+from IPython import get_ipython
+from IPython.display import display
 from tqdm import tqdm
-
-try:
-    from IPython import get_ipython
-    from IPython.display import display
-except ImportError:  # the package also works without Jupyter
-    def get_ipython():
-        return None
-
-
-class _Line:
-    """Text and HTML of a bar. Everything after the sign is cut by the notebook tests, since it differs in each run."""
-
-    def __init__(self, text: str, part: float):
-        self.text, self.part = text, part
-
-    def __repr__(self):
-        return f"◷ {self.text}"
-
-    def _repr_html_(self):
-        bar = "" if self.part >= 1 else f'<progress value="{self.part:.3f}"></progress> '
-        return f"<small>◷ {bar}{html.escape(self.text)}</small>"
 
 
 class progress(tqdm):
     """tqdm whose notebook form is an HTML bar updated in place, with no widget state to store and nothing on stderr.
 
     `for batch in progress(batches, desc="fit"):` or `with progress(total=n, desc=...) as bar: bar.update()`.
-    `unit` is what it counts, "step" if not given. In a terminal it is tqdm as it is.
+    `unit` is what it counts; `bar.note` replaces the closing line. In a terminal it is tqdm as it is.
     """
 
+    note = handle = None
+
     def __init__(self, *args, unit="step", **options):
-        self.in_notebook = getattr(get_ipython(), "kernel", None) is not None
-        self.handle = None
-        self.note = None  # replaces the closing line
-        if self.in_notebook:
-            options |= {"gui": True, "leave": True}  # gui: tqdm prints nothing by itself
-        super().__init__(*args, unit=unit, **options)
-        if self.in_notebook and not self.disable:
-            self.handle = display(_Line(f"{self.desc or ''} …", 0), display_id=True)
+        notebook = getattr(get_ipython(), "kernel", None) is not None
+        super().__init__(*args, unit=unit, gui=notebook, **options)  # gui: tqdm prints nothing by itself
+        if notebook and not self.disable:
+            self.handle = display(_line(f"{self.desc or ''} …", 0), raw=True, display_id=True)
 
     def display(self, *args, **options):
-        if not self.in_notebook:
+        if self.handle is None:
             return super().display(*args, **options)
-        if self.handle is not None:
-            done = self.format_dict
-            known = done["rate"] and done["total"]
-            left = f", {(done['total'] - done['n']) / done['rate']:.0f} s left" if known else ""
-            total = f" of {done['total']:,}" if done["total"] else ""
-            text = f"{self.desc or ''}: {done['n']:,}{total}{left}"
-            self.handle.update(_Line(text, done["n"] / done["total"] if done["total"] else 0))
+        now = self.format_dict
+        left = f", {(self.total - self.n) / now['rate']:.0f} s left" if now["rate"] and self.total else ""
+        total = f" of {self.total:,}" if self.total else ""
+        self.handle.update(_line(f"{self.desc or ''}: {self.n:,}{total}{left}", self.n / (self.total or 1)), raw=True)
 
     def close(self):
-        if self.handle is not None:
-            seconds = time.time() - self.start_t
-            self.handle.update(_Line(self.note or f"{self.desc or ''}: {self.n:,} {self.unit}s, {seconds:.1f} s", 1))
-            self.handle = None
-            self.disable = True
-            with self.get_lock():
-                self._instances.discard(self)
-        else:
-            super().close()
+        if self.handle is not None and not self.disable:
+            done = f"{self.desc or ''}: {self.n:,} {self.unit}s, {time.time() - self.start_t:.1f} s"
+            self.handle.update(_line(self.note or done, 1), raw=True)
+        super().close()
+
+
+def _line(text: str, part: float) -> dict:
+    """The notebook tests cut what stands behind the sign, since it differs in each run."""
+    bar = "" if part >= 1 else f'<progress value="{part:.3f}"></progress> '
+    return {"text/plain": f"◷ {text}", "text/html": f"<small>◷ {bar}{html.escape(text)}</small>"}

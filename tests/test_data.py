@@ -47,9 +47,9 @@ def raw(monkeypatch, tmp_path, no_network):
     folder = tmp_path / "raw"
     shutil.copytree(data.RAW, folder)
     monkeypatch.setattr(data, "RAW", folder)
-    data._pixels_and_labels.cache_clear()
+    data._pixels.cache_clear()
     yield folder
-    data._pixels_and_labels.cache_clear()
+    data._pixels.cache_clear()
 
 
 class Mirror(http.server.BaseHTTPRequestHandler):

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lab.lora import (
     INITS,
-    Adapter,
     AdapterError,
     LayerWeights,
     LoRALinear,
@@ -303,7 +302,7 @@ NAN = float("nan")
     (dict(dropout=NAN), ValueError, "dropout = nan"),
     (dict(init="xavier"), ValueError, "'xavier' for layer '0' is not one of gaussian, kaiming, pissa, svd"),
     (dict(init=None), ValueError, "None for layer '0' is not one of"),
-    (dict(init=(torch.ones(2, 6), torch.ones(4, 3))), ValueError, r"must be of shape \(2, 6\) and \(4, 2\)"),
+    (dict(init=(torch.ones(2, 6), torch.ones(4, 3))), ValueError, r"must be \(2, 6\) and \(4, 2\)"),
 ])
 def test_a_setting_that_cannot_work_is_an_error_and_changes_nothing(settings, error, message):
     model = small()
@@ -508,22 +507,22 @@ def test_adapters_switch_on_one_base_bit_for_bit(tmp_path):
     taken = adapter_of(model)
     with torch.no_grad():
         model[0].lora_A.zero_()
-    assert taken.layers["0"].A.any(), "taken off as a copy"
+    assert taken["0"].A.any(), "taken off as a copy"
     attach(model, taken)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{i}.lora_{k}" for i in "04" for k in "AB"}
     with torch.no_grad():
         model[0].lora_B.zero_()
-    assert kept.layers["0"].B.any(), "an adapter is a copy: training on does not change it"
+    assert kept["0"].B.any(), "an adapter is a copy: training on does not change it"
     with disabled(model):
         assert torch.equal(model(x), base)
     remove(model)
     assert torch.equal(model(x), base)
 
 
-def good(path="0", r=2, alpha=4.0, dropout=0.0, **tensors) -> Adapter:
+def good(path="0", r=2, alpha=4.0, dropout=0.0, **tensors) -> dict:
     A, B = tensors.get("A", torch.ones(r, 6)), tensors.get("B", torch.ones(4, r))
     other = LayerWeights(torch.ones(1, 4), torch.ones(4, 1), 1.0)
-    return Adapter({"2": other, path: LayerWeights(A, B, alpha, False, dropout)}, ["2", path])
+    return {"2": other, path: LayerWeights(A, B, alpha, False, dropout)}
 
 
 @pytest.mark.parametrize(("adapter", "message"), [
@@ -532,11 +531,9 @@ def good(path="0", r=2, alpha=4.0, dropout=0.0, **tensors) -> Adapter:
     (good(alpha="4"), "alpha = '4' for layer '0'"),
     (good(dropout=1.5), "dropout = 1.5 for layer '0'"),
     (good(dropout="high"), "cannot be used"),
-    (good(B=torch.ones(4, 3)), r"for layer '0' must be of shape \(2, 6\) and \(4, 2\)"),
-    (good(A=torch.ones(2, 5)), r"layer '0'.* \(4, 5\) .*\(4, 6\)"),
+    (good(B=torch.ones(4, 3)), r"for layer '0' must be \(2, 6\) and \(4, 2\)"),
+    (good(A=torch.ones(2, 5)), r"for layer '0' must be \(2, 6\) and \(4, 2\)"),
     (good(path="7"), "linear layer '7', which the model does not have"),
-    (good()._replace(target_modules="all-linear"), "means layer '4' as well"),
-    (good()._replace(target_modules=["0"]), "layer '2', which the config's target_modules leave out"),
 ])
 @pytest.mark.parametrize("make", [small, adapted])
 def test_an_adapter_that_does_not_fit_changes_nothing(adapter, message, make):

@@ -465,9 +465,9 @@ NAN, INF = float("nan"), float("inf")
     (dict(r=None), "does not say r"),
     (dict(lora_alpha=None), "does not say lora_alpha"),
     (dict(target_modules=None), "does not say target_modules"),
-    (dict(r=8), "layer 'fc1': the config says r = 8"),
-    (dict(r="4"), "the config says r = 4"),
-    (dict(rank_pattern={"fc3": 2}), "layer 'fc3': the config says r = 2"),
+    (dict(r=8), r"fc1.lora_A.weight has shape \(4, 784\); by the config's r .* \(8, 784\) was expected"),
+    (dict(r="4"), r"fc1.lora_A.weight .* by the config's r .*\('4', 784\)"),
+    (dict(rank_pattern={"fc3": 2}), r"fc3.lora_A.weight has shape \(4, 256\); by the config's r .* \(2, 256\)"),
     (dict(rank_pattern=["fc3"]), "rank_pattern .* cannot be read"),
     (dict(rank_pattern={"(": 2}), "rank_pattern .* cannot be read"),
     (dict(lora_alpha=NAN), "alpha = nan for layer 'fc1'"),
@@ -475,9 +475,9 @@ NAN, INF = float("nan"), float("inf")
     (dict(lora_alpha="8"), "alpha = '8' for layer 'fc1'"),
     (dict(alpha_pattern={"fc3": True}), "alpha = True for layer 'fc3'"),
     (dict(lora_dropout=1.5), "dropout = 1.5"),
-    (dict(target_modules=["fc1"]), "tensors for layer 'fc3', which the config's target_modules leave out"),
-    (dict(target_modules=["fc1", "fc2", "fc3"]), "means layer 'fc2' as well"),
-    (dict(target_modules="all-linear"), "means layer 'fc2' as well"),
+    (dict(target_modules=["fc1"]), "holds .*fc3.lora_A.weight', .* no lora_A.* that the config's target_modules mean"),
+    (dict(target_modules=["fc1", "fc2", "fc3"]), "fc2.lora_A.weight is missing"),
+    (dict(target_modules="all-linear"), "fc2.lora_A.weight is missing"),
     (dict(target_modules="fc[1"), "target_modules.* cannot be read"),
     (dict(target_modules=3), "target_modules.* cannot be read"),
 ], ids=str)
@@ -511,18 +511,20 @@ def poisoned(tensor, value):
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (lambda t: {}, "no tensors at all"),
-    (lambda t: without(t, A1), "lora_A of layer 'fc1' is missing"),
-    (lambda t: without(t, A1, A1.replace("_A", "_B")), "means layer 'fc1' as well"),
-    (lambda t: {**t, "extra": torch.ones(1)}, "unexpected tensor 'extra'"),
-    (lambda t: {**t, "base_model.model.fc1.weight": torch.ones(1)}, "unexpected tensor 'base_model.model.fc1.weight'"),
-    (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "unexpected tensor 'fc1.lora_A.weight'"),
-    (lambda t: {k.removesuffix(".weight"): v for k, v in t.items()}, "unexpected tensor .*lora_A'"),
-    (lambda t: {k.replace(".weight", ".default.weight"): v for k, v in t.items()}, "unexpected tensor .*default"),
-    (lambda t: {k.replace("fc1", "fc9"): v for k, v in t.items()}, "linear layer 'fc9', which the model does not have"),
-    (lambda t: {**t, A1: t[A1][:, 1:].contiguous()}, r"layer 'fc1': .* \(512, 783\) .* \(512, 784\)"),
-    (lambda t: {**t, A1: t[A1][1:]}, r"layer 'fc1': the config says r = 4, but lora_A is \(3, 784\)"),
-    (lambda t: {**t, A1: t[A1].T.contiguous()}, r"layer 'fc1': the config says r = 4, but lora_A is \(784, 4\)"),
+    (lambda t: {}, "fc1.lora_A.weight is missing"),
+    (lambda t: without(t, A1), "fc1.lora_A.weight is missing"),
+    (lambda t: without(t, A1, A1.replace("_A", "_B")), "fc1.lora_A.weight is missing"),
+    (lambda t: without(t, A1.replace("_A", "_B")), "fc1.lora_B.weight is missing"),
+    (lambda t: {**t, "extra": torch.ones(1)}, "holds 'extra', which is no lora_A"),
+    (lambda t: {**t, "base_model.model.fc1.weight": torch.ones(1)}, "holds .*fc1.weight', which is no lora_A"),
+    (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, f"{A1} is missing"),
+    (lambda t: {k.removesuffix(".weight"): v for k, v in t.items()}, f"{A1} is missing"),
+    (lambda t: {k.replace(".weight", ".default.weight"): v for k, v in t.items()}, f"{A1} is missing"),
+    (lambda t: {**t, **{k.replace("fc1", "fc9"): v.clone() for k, v in t.items() if "fc1" in k}},
+     "holds .*fc9.lora_A.weight', .*Linear layers of the model: 'fc1', 'fc2', 'fc3'; meant: fc1, fc3"),
+    (lambda t: {**t, A1: t[A1][:, 1:].contiguous()}, r"fc1.lora_A.weight has shape \(4, 783\).* \(4, 784\) was exp"),
+    (lambda t: {**t, A1: t[A1][1:]}, r"fc1.lora_A.weight has shape \(3, 784\).* \(4, 784\) was expected"),
+    (lambda t: {**t, A1: t[A1].T.contiguous()}, r"fc1.lora_A.weight has shape \(784, 4\).* \(4, 784\) was expected"),
     (lambda t: {**t, A1: t[A1][0]}, r"fc1.lora_A.weight has shape \(784,\)"),
     (lambda t: {**t, A1: t[A1].to(torch.int32)}, "fc1.lora_A.weight holds something that is not a finite number"),
     *((lambda t, v=v: {**t, A1: poisoned(t[A1], v)}, "fc1.lora_A.weight holds something that is not a finite number")
@@ -584,10 +586,10 @@ def second_adapter():
 def contents(directory):
     """Which adapter is read: its alpha and its tensors, or None where the reader says that there is none."""
     try:
-        adapter = adapter_files.read(directory)
+        adapter = adapter_files.read(directory, {"fc1": (512, 784), "fc2": (256, 512), "fc3": (10, 256)})
     except (FileNotFoundError, AdapterError):
         return None
-    return [(path, layer.alpha, layer.A.tolist(), layer.B.tolist()) for path, layer in sorted(adapter.layers.items())]
+    return [(path, layer.alpha, layer.A.tolist(), layer.B.tolist()) for path, layer in sorted(adapter.items())]
 
 
 @pytest.mark.parametrize("step", ["save_file", "write_text", "replace 1", "replace 2"])
@@ -661,4 +663,4 @@ def test_an_adapter_that_is_not_finite_is_not_written(saved, value):
     with pytest.raises(ValueError):
         save_adapter(model, saved / "new")
     assert contents(saved) == old and not (saved / "new").exists()
-    assert not torch.isfinite(adapter_of(model).layers["fc3"].B).all()
+    assert not torch.isfinite(adapter_of(model)["fc3"].B).all()

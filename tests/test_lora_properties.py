@@ -107,7 +107,7 @@ def test_disabled_is_the_base_bit_for_bit(layer):
 @fixed
 @given(layers(dtypes=[torch.float64], inits=st.just("pissa")))
 def test_the_file_form_of_pissa_says_the_same(layer):
-    A, B, alpha, rslora, _ = adapter_of(layer).layers[""]
+    A, B, alpha, rslora, _ = adapter_of(layer)[""]
     plain = LoRALinear(merge(nn.Sequential(layer)).get_submodule("0"), len(A), alpha, init=(A, B), rslora=rslora)
     assert math.isclose(plain.scaling, layer.scaling, rel_tol=1e-15) and len(A) == 2 * layer.r
     size = layer.scaling * (layer.lora_B.norm() * layer.lora_A.norm() + layer.start_B.norm() * layer.start_A.norm())

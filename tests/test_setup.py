@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 from packaging.requirements import Requirement
 
-from lora_lab import environment
-from tools import setup_env
+from lora_lab import data
+from tools import check_env, setup_env
 
 ROOT = Path(__file__).resolve().parents[1]
 CONDA_NAMES = {"pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}  # conda-forge's name: PyPI's name
@@ -251,17 +251,24 @@ def test_a_port_that_is_none(course, port):
 # --- the report of notebook 00 ------------------------------------------------------------------------------------
 
 def test_the_report_is_all_ok_where_the_tests_run():
-    assert [check for check in environment.environment_report() if not check.ok] == []
+    assert [check for check in check_env.environment_report() if check.remedy] == []
 
 
-def test_the_report_explains_a_missing_package_an_old_one_and_a_missing_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "_requirements", lambda: ["no_such_package>=1", "numpy>=999"])
-    monkeypatch.setattr(environment, "RAW", tmp_path)
-    failed = {check.name: check for check in environment.environment_report() if not check.ok}
-    assert failed.keys() == {"no_such_package", "numpy", "MNIST files"}
+def test_the_report_explains_a_missing_package_an_old_one_and_a_damaged_file(monkeypatch, tmp_path, capsys):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"half a fi")
+    monkeypatch.setattr(check_env, "requirements", lambda: ["no_such_package>=1", "numpy>=999", "tqdm>=1"])
+    monkeypatch.setattr(data, "RAW", tmp_path)
+    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path / "train-images-idx3-ubyte.gz" / "below a file"))
+    data._pixels.cache_clear()
+    failed = {check.name: check for check in check_env.environment_report() if check.remedy}
+    assert failed.keys() == {"no_such_package", "numpy", "MNIST", "cache"}
     assert "No module named" in failed["no_such_package"].detail
-    assert "the course needs numpy>=999" in failed["numpy"].remedy
-    assert "train-images" in failed["MNIST files"].detail and "git checkout" in failed["MNIST files"].remedy
+    assert "the course needs numpy>=999" in failed["numpy"].detail and "make lab" in failed["numpy"].remedy
+    assert "train-images" in failed["MNIST"].detail and "git checkout" in failed["MNIST"].remedy
+    with pytest.raises(SystemExit) as ended:
+        check_env.main([])
+    said = capsys.readouterr().out
+    assert ended.value.code == 4 and said.count("FAILS") == 4 and "ok    tqdm\n" in said
 
 
 def test_setup_env_itself_imports_only_the_standard_library():
