@@ -3,26 +3,23 @@
 import hashlib
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def folder() -> Path:
     """The cache folder: $LORA_LAB_CACHE, else .cache/ beside the notebooks, else (read-only checkout) in the home
     folder, else in the temporary folder. It can be deleted at any time."""
-    if chosen := os.environ.get("LORA_LAB_CACHE"):
-        candidates = [Path(chosen)]
-    else:
-        home = os.path.expanduser("~")  # stays "~" for a user without a home folder
-        candidates = [path for path in (Path(__file__).parents[1] / ".cache", Path(home, ".cache", "lora_lab"),
-                                        Path(tempfile.gettempdir(), "lora_lab_cache")) if path.is_absolute()]
-    for path in candidates:
-        try:
+    home = os.path.expanduser("~")  # stays "~" for a user without a home folder
+    chosen = os.environ.get("LORA_LAB_CACHE")
+    candidates = [chosen] if chosen else [
+        Path(__file__).parents[1] / ".cache", *([Path(home, ".cache", "lora_lab")] if home != "~" else []),
+        Path(tempfile.gettempdir(), "lora_lab_cache")]
+    for path in map(Path, candidates):
+        with suppress(OSError):
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 return path
-        except OSError:
-            continue
     raise OSError(f"no folder to keep results in could be written: {', '.join(map(str, candidates))}. "
                   "Set LORA_LAB_CACHE to a folder that you can write to.")
 

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import struct
 import urllib.request
 from contextlib import suppress
 from functools import cache
@@ -9,7 +10,6 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,37 +56,36 @@ class Digits(NamedTuple):
 
 
 def mnist(flat: bool = True) -> tuple[Digits, Digits]:
-    """MNIST's 60,000 training and 10,000 test examples, normalised to mean 0 and standard deviation 1.
+    """MNIST's 60,000 training and 10,000 test examples, normalised to mean 0 and standard deviation 1; x as (n, 784),
+    or (n, 1, 28, 28) with flat=False. Each call returns fresh tensors. Source: LeCun, Cortes, Burges; data/README.md.
 
-    x is (n, 784) float32, or (n, 1, 28, 28) with flat=False; y is (n,) int64. The same call later returns fresh
-    tensors from the pixels kept in memory. Raises DataError if a file is missing and cannot be had, or is damaged.
-    Source: LeCun, Cortes, Burges; see data/README.md.
-    """
+    Raises DataError if a file is missing and cannot be had, or is damaged."""
     train, test = _normalised(_pixels("train")), _normalised(_pixels("t10k"))
     return (train, test) if flat else tuple(part._replace(x=part.x.view(-1, 1, 28, 28)) for part in (train, test))
 
 
 def few_digits(split: str, n: int, seed: int, digits=OLD + NEW) -> Digits:
-    """`n` random examples of MNIST's "train" or "t10k" part with a label in `digits`, flat.
+    """`n` random examples of MNIST's "train" or "t10k" part with a label in `digits`; fewer from the same seed are the
+    first of them. Unlike mnist(), it does not make floats of all the others: 220 MB, too much for several processes.
 
-    Fewer from the same seed are the first of them. Unlike mnist(), this does not make floats (220 MB) of all the
-    others, which several processes at once could not afford. Raises ValueError if there are not so many."""
-    return _normalised(_pixels(split).only(digits).sample(n, seed))
+    Raises ValueError if there are not so many."""
+    pixels, labels = _pixels(split)
+    places, labels = Digits(torch.arange(len(labels)), labels).only(digits).sample(n, seed)  # (n,), (n,)
+    return _normalised(Digits(pixels[places], labels))
 
 
 @cache
 def _pixels(split: str) -> Digits:
     """As in the files: x (n, 28, 28) from 0 to 255."""
-    images, labels = (_read_idx(f"{split}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-    return Digits(torch.from_numpy(images), torch.from_numpy(labels).long())
+    return Digits(_read_idx(f"{split}-images-idx3-ubyte.gz"), _read_idx(f"{split}-labels-idx1-ubyte.gz").long())
 
 
 def _normalised(pixels: Digits) -> Digits:
     return Digits(pixels.x.reshape(-1, 784).float().div_(255).sub_(MEAN).div_(STD), pixels.y.clone())
 
 
-def _read_idx(name: str) -> np.ndarray:
-    """One original file as an array of bytes, (n, 28, 28) or (n,)."""
+def _read_idx(name: str) -> Tensor:
+    """One original file as bytes, (n, 28, 28) or (n,)."""
     path = RAW / name
     try:
         packed = path.read_bytes() if path.exists() else _fetched(name)
@@ -96,10 +95,9 @@ def _read_idx(name: str) -> np.ndarray:
         raise DataError(f"{path} is not the original MNIST file ({len(packed):,} bytes, wrong checksum): damaged, cut "
                         "off or swapped. Put it back with `git checkout -- data/MNIST/raw`, or delete it and run this "
                         "again while online.")
-    raw = gzip.decompress(packed)
+    raw = bytearray(gzip.decompress(packed))  # a bytearray, since torch wants memory that it may write to
     axes = raw[3]  # IDX format: two zero bytes, the type, the number of axes; then each axis as a big-endian int32
-    shape = np.frombuffer(raw, ">i4", count=axes, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+    return torch.frombuffer(raw, dtype=torch.uint8, offset=4 + 4 * axes).view(struct.unpack_from(f">{axes}i", raw, 4))
 
 
 def _original(packed: bytes, name: str) -> bool:

@@ -150,38 +150,32 @@ def remove(model: nn.Module) -> None:
         _become(layer, _plain(layer, layer.weight))
 
 
-def adapter_of(model: nn.Module) -> dict[str, LayerWeights]:
-    """The model's adapter by itself, as copies of its tensors by layer: `attach` puts it on any model with such layers.
+def save_adapter(model: nn.Module, directory) -> None:
+    """Write the adapter as adapter_model.safetensors and adapter_config.json, the format of PEFT, which loads it.
 
-    A "pissa" layer comes out as the plain LoRA of rank 2r that says the same: [A; A0] and [B, -B0].
-    Raises ValueError if the model has no LoRA layers."""
-    adapter = {}
-    for path, layer in _lora_layers(model).items():
-        A, B, alpha = layer.lora_A.detach(), layer.lora_B.detach(), layer.alpha
-        if layer.subtracts_start:
-            A, B = torch.cat([A, layer.start_A]), torch.cat([B, -layer.start_B], dim=1)  # (2r, in), (out, 2r)
-            alpha = alpha * (math.sqrt(2) if layer.rslora else 2)  # keeps s
-        dropout = getattr(layer.dropout, "p", 0.0)
-        adapter[path] = LayerWeights(A.cpu().clone(), B.cpu().clone(), alpha, layer.rslora, dropout)
-    if not adapter:
+    A "pissa" layer is written as the plain LoRA of rank 2r that says the same.
+    A reader sees the old adapter, none, or the new one, never a mixture. Raises ValueError if the model has no LoRA
+    layers or a value is not finite; what was in the directory stays."""
+    layers = {path: _weights(layer) for path, layer in _lora_layers(model).items()}
+    if not layers:
         raise ValueError("the model has no LoRA layers: inject or load an adapter first")
-    return adapter
+    adapter_files.write(directory, layers, [path for path, _ in model.named_modules()])
 
 
-def attach(model: nn.Module, adapter: dict[str, LayerWeights]) -> list[str]:
-    """Put an adapter on the model, in place, instead of the one that it may have. Returns the adapted paths.
+def load_adapter(model: nn.Module, directory) -> list[str]:
+    """Put an adapter written by `save_adapter` or by PEFT on the model's linear layers, in place, instead of the one
+    that it may have. Returns the adapted paths.
 
-    Raises AdapterError, with the model unchanged, if the adapter does not fit its layers."""
-    linears = _linears(model)
-    for path, (A, B, alpha, _, dropout) in adapter.items():
-        if path not in linears:
-            raise AdapterError(f"the adapter is for a linear layer {path!r}, which the model does not have. It has: "
-                               f"{', '.join(map(repr, linears)) or 'none'}")
-        try:
+    Raises FileNotFoundError if a file is missing, and AdapterError, which names it, for anything that is missing,
+    extra, misshapen, not finite or not plain LoRA. The model is then unchanged."""
+    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, LoRALinear)}
+    adapter = adapter_files.read(directory, {path: tuple(m.weight.shape) for path, m in linears.items()})
+    try:
+        for path, (A, B, alpha, _, dropout) in adapter.items():
             _check(linears[path], len(A), alpha, dropout, (A, B), path)
-        except (TypeError, ValueError) as error:
-            raise AdapterError(f"the adapter cannot be used: {error}") from error
-    _check_called(model, [linears[path] for path in adapter])
+        _check_called(model, [linears[path] for path in adapter])
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"the adapter in {directory} cannot be used: {error}") from error
     remove(model)
     model.requires_grad_(False)
     for path, (A, B, alpha, rslora, dropout) in adapter.items():
@@ -189,26 +183,13 @@ def attach(model: nn.Module, adapter: dict[str, LayerWeights]) -> list[str]:
     return list(adapter)
 
 
-def save_adapter(model: nn.Module, directory) -> None:
-    """Write the adapter as adapter_model.safetensors and adapter_config.json, the format of PEFT, which loads it.
-
-    A reader sees the old adapter, none, or the new one, never a mixture. Raises ValueError if the model has no LoRA
-    layers or a value is not finite; what was in the directory stays."""
-    adapter_files.write(directory, adapter_of(model), [path for path, _ in model.named_modules()])
-
-
-def load_adapter(model: nn.Module, directory) -> list[str]:
-    """Read an adapter written by `save_adapter` or by PEFT for linear layers, and attach it. Returns its paths.
-
-    Raises FileNotFoundError if a file is missing, and AdapterError, which names it, for anything that is missing,
-    extra, misshapen, not finite or not plain LoRA. The model is then unchanged."""
-    shapes = {path: tuple(layer.weight.shape) for path, layer in _linears(model).items()}
-    return attach(model, adapter_files.read(directory, shapes))
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """What an adapter can be attached to, by path."""
-    return {path: m for path, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, LoRALinear)}
+def _weights(layer: LoRALinear) -> LayerWeights:
+    """What a file says of a layer; of "pissa" [A; A0] and [B, -B0], with alpha so that s stays."""
+    A, B, alpha = layer.lora_A, layer.lora_B, layer.alpha
+    if layer.subtracts_start:
+        A, B = torch.cat([A, layer.start_A]), torch.cat([B, -layer.start_B], dim=1)  # (2r, in), (out, 2r)
+        alpha = alpha * (math.sqrt(2) if layer.rslora else 2)
+    return LayerWeights(A, B, alpha, layer.rslora, getattr(layer.dropout, "p", 0.0))
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -37,14 +37,14 @@ def sweep(run, settings, *, label: str, workers: int | None = None) -> list:
         with joblib.parallel_config("loky", inner_max_num_threads=1):
             pool = joblib.Parallel(workers or min(joblib.cpu_count(), 8), return_as="generator", batch_size=1)
             done = pool(joblib.delayed(_finished)(run, settings[k], files[k]) for k in missing)
-            for k, result in zip(missing, done, strict=True):
-                results[k] = result
+            for k, text in zip(missing, done, strict=True):
+                results[k] = json.loads(text)
                 bar.update()
     return [result["result"] for result in results]
 
 
-def _finished(run, setting: dict, file: Path) -> dict:
-    """Do one run and keep its result."""
+def _finished(run, setting: dict, file: Path) -> str:
+    """Do one run and keep its result; the JSON text."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,7 +58,7 @@ def _finished(run, setting: dict, file: Path) -> dict:
         torch.set_num_threads(threads)
     with written_whole(file) as part:
         part.write_text(text, encoding="utf-8")
-    return json.loads(text)
+    return text
 
 
 def _read(file: Path) -> dict | None:

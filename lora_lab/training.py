@@ -1,7 +1,6 @@
 """Training on tensors in memory, and accuracy on the digits that matter here."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -50,8 +49,7 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
     order = torch.Generator().manual_seed(seed)
     losses, watched, watch_at = [], {}, set(watch_at)
     was_training = model.training
-    line = nullcontext() if label is None else progress(total=steps, desc=label)
-    with torch.random.fork_rng(devices=[]), line as bar:
+    with torch.random.fork_rng(devices=[]), progress(total=steps, desc=label, disable=label is None) as bar:
         torch.manual_seed(seed)  # for dropout
         model.train()
         for step in range(steps):
@@ -69,8 +67,7 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())
-            if bar is not None:
-                bar.update()
+            bar.update()
         if steps in watch_at:
             watched[steps] = watch(model)
     model.train(was_training)

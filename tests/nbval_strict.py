@@ -1,7 +1,7 @@
 """What `pytest --nbval` lacks; loaded with `-p tests.nbval_strict`.
 
-A kernel that has died is noticed within a second (nbval waits for the whole cell timeout), a cell without end ends
-soon, and a cell that was never run fails (nbval compares nothing and passes it).
+A kernel that has died is noticed within a second (nbval waits for the whole cell timeout), a cell without end ends in
+about the time that such a cell may take, and a cell that was never run fails (nbval compares nothing and passes it).
 """
 
 import time
@@ -31,12 +31,15 @@ def await_reply(self, msg_id, timeout=None):
 
 
 RunningKernel.await_reply = await_reply
-QUIET = 40  # seconds: a cell that works for more than 3 s shows progress, so one that shows none has long gone astray
 
 
 def cell_timeout(cell, given: float) -> float:
-    """`given` for a cell whose stored output has a progress line, QUIET at most for any other."""
-    return given if "◷" in str(cell.get("outputs")) else min(given, QUIET)
+    """30 s, and three times the seconds that the stored progress lines of the cell give; at most `given`.
+
+    A cell that works for more than 3 s shows progress, so one that runs on has gone astray."""
+    lines = [output.get("data", {}).get("text/plain", "") for output in cell.get("outputs", [])]
+    stored = sum(float(line.split()[-2]) for line in lines if line.startswith("◷") and line.endswith(" s"))
+    return min(given, 30 + 3 * stored)
 
 
 @pytest.hookimpl(wrapper=True)

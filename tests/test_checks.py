@@ -21,14 +21,23 @@ def check_module(path):
     return importlib.import_module(f"lora_lab.checks.nb{path.name[:2]}")
 
 
+def functions(cells):
+    """Those that the cells define, as long as nothing of the notebook has to run for it."""
+    sources = [cell.source for cell in cells if cell.cell_type == "code" and not cell.source.startswith("%")
+               and "exercise" not in notebooks.tags(cell)]
+    defined = [node for source in sources for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return "".join("\n" + ast.unparse(node) for node in defined if not node.decorator_list + node.args.defaults)
+
+
 def listed():
-    """Each exercise with what its tests need, the notebook's import cell included."""
+    """Each exercise with what its tests need, the notebook's imports and the functions above it included."""
     for path in NOTEBOOKS:
         nb = notebooks.read(path)
         for exercise in notebooks.exercises(nb):
             yield SimpleNamespace(id=f"{path.name[:2]}-{exercise.name}", name=exercise.name, module=check_module(path),
-                                  imports=nb.cells[1].source, stub=nb.cells[exercise.stub].source,
-                                  solution=exercise.solution, call=nb.cells[exercise.check].source)
+                                  above=nb.cells[1].source + functions(nb.cells[2:exercise.stub]),
+                                  stub=nb.cells[exercise.stub].source, solution=exercise.solution,
+                                  call=nb.cells[exercise.check].source)
 
 
 EXERCISES = list(listed())
@@ -37,15 +46,15 @@ every_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.
 
 
 @cache
-def namespace(imports):
+def namespace(above):
     names = {}
-    exec(imports, names)
+    exec(above, names)
     return names
 
 
 def answers(exercise, source):
     """The arguments that the check's cell hands over after the import cell and `source` have run."""
-    names = dict(namespace(exercise.imports))
+    names = dict(namespace(exercise.above))
     exec(source, names)
     call = ast.parse(exercise.call.strip(), mode="eval").body
     return [eval(compile(ast.Expression(argument), exercise.id, "eval"), names) for argument in call.args]

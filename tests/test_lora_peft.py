@@ -24,7 +24,6 @@ from lora_lab import adapter_files
 from lora_lab.lora import (
     AdapterError,
     LoRALinear,
-    adapter_of,
     disabled,
     inject,
     load_adapter,
@@ -474,7 +473,8 @@ NAN, INF = float("nan"), float("inf")
     (dict(lora_alpha=INF), "alpha = inf for layer 'fc1'"),
     (dict(lora_alpha="8"), "alpha = '8' for layer 'fc1'"),
     (dict(alpha_pattern={"fc3": True}), "alpha = True for layer 'fc3'"),
-    (dict(lora_dropout=1.5), "dropout = 1.5"),
+    (dict(lora_dropout=1.5), "dropout = 1.5 for layer 'fc1'"),
+    (dict(lora_dropout="high"), "cannot be used"),
     (dict(target_modules=["fc1"]), "holds .*fc3.lora_A.weight', .* no lora_A.* that the config's target_modules mean"),
     (dict(target_modules=["fc1", "fc2", "fc3"]), "fc2.lora_A.weight is missing"),
     (dict(target_modules="all-linear"), "fc2.lora_A.weight is missing"),
@@ -663,4 +663,4 @@ def test_an_adapter_that_is_not_finite_is_not_written(saved, value):
     with pytest.raises(ValueError):
         save_adapter(model, saved / "new")
     assert contents(saved) == old and not (saved / "new").exists()
-    assert not torch.isfinite(adapter_of(model)["fc3"].B).all()
+    assert not torch.isfinite(model.fc3.lora_B).all()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_lab.lora import LoRALinear, adapter_of, disabled, inject, lora_parameters, merge
+from lora_lab.lora import LoRALinear, _weights, disabled, inject, lora_parameters, merge
 from lora_lab.models import count_parameters
 
 fixed = settings(derandomize=True, deadline=None, max_examples=60, database=None)
@@ -107,7 +107,7 @@ def test_disabled_is_the_base_bit_for_bit(layer):
 @fixed
 @given(layers(dtypes=[torch.float64], inits=st.just("pissa")))
 def test_the_file_form_of_pissa_says_the_same(layer):
-    A, B, alpha, rslora, _ = adapter_of(layer)[""]
+    A, B, alpha, rslora, _ = _weights(layer)
     plain = LoRALinear(merge(nn.Sequential(layer)).get_submodule("0"), len(A), alpha, init=(A, B), rslora=rslora)
     assert math.isclose(plain.scaling, layer.scaling, rel_tol=1e-15) and len(A) == 2 * layer.r
     size = layer.scaling * (layer.lora_B.norm() * layer.lora_A.norm() + layer.start_B.norm() * layer.start_A.norm())

@@ -1,16 +1,24 @@
 """Checks of notebook 01: rank, elimination, products, factorisation, numerical rank."""
 
+from fractions import Fraction
+
 import torch
 
 from lora_lab.checks import NOT_ATTEMPTED, Mistake, Verdict, blank, grade, grade_value, not_yet, right
-from lora_lab.linalg import exact_rank, numerical_rank
+from lora_lab.linalg import numerical_rank
 
 HAND = ((2, 1, 3), (4, 2, 7), (6, 3, 10))  # the matrix of echelon_by_hand
 SIZES = ((3, 6), (7, 4), (10, 15), (12, 20), (20, 5), (9, 31), (12, 4), (256, 512))  # m n / (m + n) is whole for four
 
 
+def _rank(rows) -> int:
+    """Of small matrices of whole numbers or fractions, ragged ones refused."""
+    exact = [[float(Fraction(entry)) for entry in row] for row in rows]  # Fraction refuses nan and words
+    return numerical_rank(torch.tensor(exact, dtype=torch.float64))
+
+
 def _each_multiple(rows, row):
-    return any(exact_rank([other, row]) == exact_rank([other]) for other in rows)
+    return any(_rank([other, row]) == _rank([other]) for other in rows)
 
 
 MISTAKES = {
@@ -41,9 +49,9 @@ MISTAKES = {
                 "any.",
                 _each_multiple),
         Mistake("the other way round: a reachable row brings nothing new, so the rank stays as it was.",
-                lambda rows, row: exact_rank([*rows, row]) > exact_rank(rows)),
+                lambda rows, row: _rank([*rows, row]) > _rank(rows)),
         Mistake("you take it that the given rows are independent. If they are not, their rank is below their number: "
-                "compare with exact_rank(rows).", lambda rows, row: exact_rank([*rows, row]) == len(rows)),
+                "compare with exact_rank(rows).", lambda rows, row: _rank([*rows, row]) == len(rows)),
     ],
     "invisible_directions": [
         Mistake("10 is the rank: the directions that the layer can see. The question is how many of the 784 are "
@@ -109,10 +117,10 @@ def echelon_by_hand(answer) -> Verdict:
         return NOT_ATTEMPTED
     try:
         rows = [list(row) for row in answer]
-        rank, together = exact_rank(rows), exact_rank([*rows, *HAND])
         if [len(row) for row in rows] != [3, 3, 3]:
             return not_yet(f"three rows of three numbers were expected, yours have {[len(row) for row in rows]} "
                            "(write zero rows too)")
+        rank, together = _rank(rows), _rank([*rows, *HAND])
     except (TypeError, ValueError) as error:
         return not_yet(f"write the matrix as a list of three lists of numbers, as in the stub ({error})")
     if rows == [list(row) for row in HAND]:
@@ -120,9 +128,9 @@ def echelon_by_hand(answer) -> Verdict:
     starts = [next((j for j, a in enumerate(row) if a), 3 + i) for i, row in enumerate(rows)]  # zero rows: 3, 4, 5
     if any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
         return not_yet(no_stairs)
-    if together > exact_rank(HAND):
+    if together > _rank(HAND):
         return not_yet(foreign)
-    if rank < exact_rank(HAND):
+    if rank < _rank(HAND):
         return not_yet(lost)
     return right("two rows are left, so the rank is 2: row 3 was row 1 + row 2 all along, which elimination has found "
                  "without being told.")
@@ -142,7 +150,7 @@ def _rows_and_row(generator):
 
 
 def reachable(answer) -> Verdict:
-    return grade(answer, lambda rows, row: exact_rank([*rows, row]) == exact_rank(rows), _rows_and_row,
+    return grade(answer, lambda rows, row: _rank([*rows, row]) == _rank(rows), _rows_and_row,
                  MISTAKES["reachable"],
                  "a row that is a mixture brings nothing new, so the rank stays. One call now judges any elimination.",
                  rounds=24)
