@@ -1,3 +1,3 @@
-"""LoRA Lab: the small package behind the notebooks. Start with lora.py; every module stands alone."""
+"""LoRA Lab: the small package behind the notebooks. Start with lora.py."""
 
 __version__ = "0.1.0"

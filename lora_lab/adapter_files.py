@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_lab.cache import written_whole
@@ -38,8 +38,8 @@ class LayerWeights(NamedTuple):
     A: Tensor
     B: Tensor
     alpha: float
-    rslora: bool = False
-    dropout: float = 0.0
+    rslora: bool
+    dropout: float
 
 
 def write(directory, layers: dict[str, LayerWeights], modules) -> None:
@@ -65,7 +65,8 @@ def read(directory, shapes: dict[str, tuple[int, int]]) -> dict[str, LayerWeight
     """Read the adapter for a model whose linear layers have weights of these `shapes`: path to (out, in).
 
     Raises FileNotFoundError if a file is missing, and AdapterError, which names it, for any tensor or setting that is
-    missing, too many, misshapen, not finite or not plain LoRA of these layers."""
+    missing, too many, misshapen, not finite or not plain LoRA of these layers. (Where a setting of PEFT's leaves some
+    targets out, the tensors themselves say which: one layer's missing altogether is then not noticed.)"""
     config_file, weights_file = Path(directory, CONFIG), Path(directory, WEIGHTS)
     for file in (config_file, weights_file):
         if not file.is_file():
@@ -108,10 +109,9 @@ def _config(layers: dict[str, LayerWeights], modules) -> dict:
     r, alpha = Counter(both.values()).most_common(1)[0][0]
     # PEFT takes a listed name for the end of a path too; where that would reach another module, it gets an expression
     safe = not any(_is_target(paths, other) for other in set(modules) - set(paths))
-    return dict(peft_type="LORA", task_type=None, base_model_name_or_path=None, inference_mode=True,
-                r=r, lora_alpha=alpha, lora_dropout=max(layer.dropout for layer in layers.values()),
-                bias="none", fan_in_fan_out=False, use_rslora=rslora, use_dora=False, init_lora_weights=True,
-                modules_to_save=None, target_modules=paths if safe else "|".join(map(re.escape, paths)),
+    return dict(peft_type="LORA", base_model_name_or_path=None, inference_mode=True, r=r, lora_alpha=alpha, bias="none",
+                lora_dropout=max(layer.dropout for layer in layers.values()),  # PEFT knows one for all layers
+                use_rslora=rslora, target_modules=paths if safe else "|".join(map(re.escape, paths)),
                 rank_pattern={f"^{re.escape(p)}": n for p, (n, _) in both.items() if n != r},
                 alpha_pattern={f"^{re.escape(p)}": a for p, (_, a) in both.items() if a != alpha})
 
@@ -138,24 +138,22 @@ def _read_config(text: bytes, path: Path) -> dict:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is damaged or cut off: {error}") from error
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise AdapterError(f"{path}: {name} holds something that is not a finite number")
     return tensors
 
 
 def _take(tensors: dict[str, Tensor], name: str, shape: tuple) -> Tensor:
     """Take out one tensor, of this shape by the config's r and the model's layer."""
-    if name not in tensors:
-        raise AdapterError(f"{name} is missing from the file, but the config's target_modules mean its layer")
-    if tuple(tensors[name].shape) != shape:
-        raise AdapterError(f"{name} has shape {tuple(tensors[name].shape)}; by the config's r and the model's layer, "
-                           f"{shape} was expected")
-    return tensors.pop(name)
+    tensor = tensors.pop(name, None)
+    if tensor is None or tensor.shape != shape:
+        found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+        raise AdapterError(f"{name} {found}; by the config's r and target_modules and the model, {shape} was expected")
+    return tensor
 
 
 def _pattern(config: dict, setting: str, path: str, default):

@@ -4,12 +4,8 @@ import html
 
 from IPython.display import display
 
-VERDICTS = {
-    "confirmed": "✔ confirmed",
-    "corrected": "✎ corrected",
-    "not seen": "○ not seen at this scale",
-    "open": "… open",
-}
+VERDICTS = {"confirmed": "✔ confirmed", "corrected": "✎ corrected", "not seen": "○ not seen at this scale",
+            "open": "… open"}
 
 
 def claim(statement: str, *, source: str, measured: str, holds: bool, verdict: str = "confirmed",

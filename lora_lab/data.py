@@ -1,11 +1,11 @@
 """MNIST as tensors in memory, split into the digits a base model knows (0-7) and those it has never met (8, 9)."""
 
+import functools
 import gzip
 import hashlib
 import struct
 import urllib.request
 from contextlib import suppress
-from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +74,7 @@ def few_digits(split: str, n: int, seed: int, digits=OLD + NEW) -> Digits:
     return _normalised(Digits(pixels[places], labels))
 
 
-@cache
+@functools.cache
 def _pixels(split: str) -> Digits:
     """As in the files: x (n, 28, 28) from 0 to 255."""
     return Digits(_read_idx(f"{split}-images-idx3-ubyte.gz"), _read_idx(f"{split}-labels-idx1-ubyte.gz").long())

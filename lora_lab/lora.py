@@ -33,7 +33,8 @@ class LoRALinear(nn.Linear):
 
     W (out, in) and b (out,) are the base layer's own parameters, shared and frozen; A (r, in) and B (out, r) are
     trained. A 16-bit base gets A and B in float32, and h comes back in the base's dtype. `init` is the start of A, B:
-    "gaussian": A ~ N(0, 1/in), B = 0: h starts as the base's. The paper's start (section 4.1), sigma made explicit.
+    "gaussian": A ~ N(0, 1/in), B = 0: h starts as the base's. The paper's start (section 4.1), which leaves sigma open;
+                PEFT's init of this name has sigma = 1/r.
     "kaiming":  A uniform within 1/sqrt(in), B = 0: what loralib and PEFT do.
     "pissa":    s B A is the best rank-r part of W, and that start is subtracted again (arXiv 2404.02948): training
                 acts on the top of W, W itself stays as it was, and h starts as the base's.
@@ -103,7 +104,7 @@ def inject(model: nn.Module, target_modules, r, alpha, dropout: float = 0.0, ini
         _check(layer, ranks[path], alphas[path], dropout, init, path)
     _check_called(model, layers.values())
     adapted = {p: LoRALinear(m, ranks[p], alphas[p], dropout, init, rslora) for p, m in layers.items()}
-    model.requires_grad_(False)
+    model.requires_grad_(False).zero_grad()  # an old gradient would still move it
     for path, layer in layers.items():
         _become(layer, adapted[path])
     return list(layers)
@@ -111,8 +112,7 @@ def inject(model: nn.Module, target_modules, r, alpha, dropout: float = 0.0, ini
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """A and B of every LoRA layer: what the optimizer needs."""
-    for layer in _lora_layers(model).values():
-        yield from (layer.lora_A, layer.lora_B)
+    return (p for layer in _lora_layers(model).values() for p in (layer.lora_A, layer.lora_B))
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def save_adapter(model: nn.Module, directory) -> None:
 
 def load_adapter(model: nn.Module, directory) -> list[str]:
     """Put an adapter written by `save_adapter` or by PEFT on the model's linear layers, in place, instead of the one
-    that it may have. Returns the adapted paths.
+    that it may have, and freeze all else. Returns the adapted paths.
 
     Raises FileNotFoundError if a file is missing, and AdapterError, which names it, for anything that is missing,
     extra, misshapen, not finite or not plain LoRA. The model is then unchanged."""
@@ -174,10 +174,10 @@ def load_adapter(model: nn.Module, directory) -> list[str]:
         for path, (A, B, alpha, _, dropout) in adapter.items():
             _check(linears[path], len(A), alpha, dropout, (A, B), path)
         _check_called(model, [linears[path] for path in adapter])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise AdapterError(f"the adapter in {directory} cannot be used: {error}") from error
     remove(model)
-    model.requires_grad_(False)
+    model.requires_grad_(False).zero_grad()
     for path, (A, B, alpha, rslora, dropout) in adapter.items():
         _become(linears[path], LoRALinear(linears[path], len(A), alpha, dropout, (A, B), rslora))
     return list(adapter)
@@ -228,9 +228,8 @@ def _per_layer(setting: str, value, layers: dict) -> dict:
         if not (paths := _fitting(name, layers)):
             raise ValueError(f"{setting} names {name!r}, which is not among the adapted layers: {', '.join(layers)}")
         chosen |= dict.fromkeys(paths, value[name])
-    for path in layers:
-        if path not in chosen:
-            raise ValueError(f"{setting} has no entry for layer {path!r}")
+    if missing := [path for path in layers if path not in chosen]:
+        raise ValueError(f"{setting} has no entry for layer {missing[0]!r}")
     return chosen
 
 

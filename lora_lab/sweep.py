@@ -1,10 +1,10 @@
 """Many short training runs on all cores, each result kept as soon as it is there."""
 
-import ast
+import functools
 import inspect
 import json
+import symtable
 import textwrap
-from functools import cache
 from pathlib import Path
 
 import joblib
@@ -73,16 +73,19 @@ def _read(file: Path) -> dict | None:
 def _code(thing, users=()) -> str:
     """The source of a function or class, and of what it uses from its own notebook or module."""
     if inspect.isclass(thing):  # method by method, since Python finds no source for a class of a notebook
-        return "".join(_code(m, (thing, *users)) for m in vars(thing).values()
-                       if inspect.isfunction(m) and m.__code__.co_filename != "<string>")
+        parts = [getattr(part, "fget", inspect.unwrap(part)) for part in (*vars(thing).values(), *thing.__bases__)]
+        return "".join(_code(part, (thing, *users)) for part in parts
+                       if getattr(part, "__module__", None) == thing.__module__ and (inspect.isclass(part) or (
+                           inspect.isfunction(part) and part.__code__.co_filename != "<string>")))
     try:
         text = textwrap.dedent(inspect.getsource(thing))
     except (OSError, TypeError):
         raise TypeError(f"the source of {thing!r} cannot be read: define it in a cell or a file") from None
-    outside, nodes = thing.__globals__ | inspect.getclosurevars(thing).nonlocals, list(ast.walk(ast.parse(text)))
-    own = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    for name in sorted({node.id for node in nodes if isinstance(node, ast.Name)} & outside.keys() - own):
+    outside, scopes = thing.__globals__ | inspect.getclosurevars(thing).nonlocals, [symtable.symtable(text, "", "exec")]
+    for scope in scopes:  # it grows: each function and comprehension inside is a scope of its own
+        scopes += scope.get_children()
+    used = {s.get_name() for scope in scopes for s in scope.get_symbols() if s.is_global() and not s.is_local()}
+    for name in sorted(used & outside.keys()):
         value = inspect.unwrap(outside[name])
         if inspect.isfunction(value) or inspect.isclass(value):
             if value.__module__ == thing.__module__ and value not in (thing, *users):
@@ -96,7 +99,7 @@ def _code(thing, users=()) -> str:
     return text
 
 
-@cache
+@functools.cache
 def _package() -> str:
     """Changes whenever a module of lora_lab does."""
     return key([file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))])

@@ -24,7 +24,7 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
     """Train, in place, those parameters of `model` that require a gradient.
 
     AdamW on the cross-entropy of `data` (x (n, ...), y (n,)), in batches drawn by index without replacement within an
-    epoch. The learning rate goes up to `lr` and down again in one cycle (arXiv 1708.07120).
+    epoch. The learning rate goes up to `lr` and down again in one cycle, AdamW's beta1 down and up (arXiv 1708.07120).
     Give either `epochs` or `steps`. `watch(model)` is called before step k for each k in `watch_at` (k = the number of
     steps means: at the end). `label` names the progress line; None: no line.
     The same seed on the same number of threads gives bit-identical weights; the caller's random state is untouched.
@@ -94,9 +94,7 @@ class Accuracy(NamedTuple):
 
 
 def accuracy(model: nn.Module, data: Digits) -> Accuracy:
-    """How often the largest logit is the label, on the old, the new, all and each of the ten digits of `data`.
-
-    A group without examples is nan."""
+    """How often the largest logit is the label; a group without examples is nan."""
     right = logits(model, data.x).argmax(1) == data.y  # (n,)
 
     def share(digits) -> float:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from IPython.core.inputtransformer2 import TransformerManager
 
 from lora_lab import checks
 from lora_lab.checks import Mistake, grade, grade_value
@@ -23,8 +24,8 @@ def check_module(path):
 
 def functions(cells):
     """Those that the cells define, as long as nothing of the notebook has to run for it."""
-    sources = [cell.source for cell in cells if cell.cell_type == "code" and not cell.source.startswith("%")
-               and "exercise" not in notebooks.tags(cell)]
+    sources = [TransformerManager().transform_cell(cell.source) for cell in cells
+               if cell.cell_type == "code" and "exercise" not in notebooks.tags(cell)]
     defined = [node for source in sources for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     return "".join("\n" + ast.unparse(node) for node in defined if not node.decorator_list + node.args.defaults)
 
@@ -152,7 +153,7 @@ def double(answer, mistakes=(), **options):
 @pytest.mark.parametrize("answer, outcome, words", [
     (lambda x: x + x, "right", "because"),
     (lambda x: ..., "not attempted", "replace the ..."),
-    (lambda x: None, "not attempted", "replace the ..."),
+    (lambda x: None, "not yet", "is `return` missing?"),
     (lambda x: (2 * x).T, "not yet", "shape (3, 5) was expected, yours is (5, 3)"),
     (lambda x: 3 * x, "not yet", "the shape (3, 5) is right, the values are not"),
     (lambda x: 2 * x + float("nan"), "not yet", "values are not"),

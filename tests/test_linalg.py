@@ -28,7 +28,7 @@ def matrices(low=1, high=5, entries=None):
 def built_in(number, *names):
     """Functions as a notebook builds them, and what they use from it."""
     cells = [c.source for c in notebooks.read(*notebooks.paths([number])).cells if c.cell_type == "code"]
-    nodes = [node for source in cells if not source.startswith("%") for node in ast.parse(source).body]
+    nodes = [node for source in cells for node in ast.parse(source).body]
     found = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name in names]
     assert sorted(node.name for node in found) == sorted(names), f"notebook {number} defines each of {names} once"
     namespace = {"torch": torch, "Fraction": Fraction}

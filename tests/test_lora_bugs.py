@@ -391,6 +391,15 @@ def test_bug_24_layers_can_be_copied_and_pickled(duplicate, init):
     assert [name for name, m in twin.named_modules() if isinstance(m, LoRALinear)] == ["0", "1", "2"]
 
 
+def test_an_old_gradient_does_not_move_the_frozen_base():
+    model = small()
+    model(torch.randn(3, 12)).sum().backward()
+    inject(model, "all-linear", 2, 4)
+    before = [p.clone() for p in model.parameters()]
+    torch.optim.AdamW(model.parameters(), lr=1.0).step()  # all of them, although only A and B are to be trained
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
 def test_bug_25_a_second_injection_is_an_error():
     """rasbt's appendix E nests a second adapter in the first; PEFT warns."""
     model = adapted()

@@ -138,6 +138,19 @@ def test_a_changed_function_helper_or_constant_starts_anew():
     assert seen == [[[20]], [[30]], [[6]], [[20]]]
 
 
+def test_a_constant_is_seen_although_a_name_inside_is_the_same():
+    text = "def run(x):\n    return sum(lr for lr in [x]) * g()\n\ndef g():\n    return lr\n"
+    assert [sweep(defined(text, lr=lr)[0], [{"x": 3}], label="x", workers=1) for lr in (1, 2)] == [[3], [6]]
+
+
+def test_a_changed_property_or_base_class_starts_anew():
+    text = ("class Base:\n    def two(self):\n        return 2\n\nclass Own(Base):\n    @property\n    def one(self):\n"
+            "        return 1\n\ndef run(x):\n    return Own().one + Own().two()\n")
+    seen = [sweep(defined(source)[0], [{"x": 1}], label="x", workers=1)
+            for source in (text, text.replace("return 1", "return 5"), text.replace("return 2", "return 7"))]
+    assert seen == [[3], [7], [8]]
+
+
 def test_attributes_and_locals_that_share_a_name_with_the_notebook_do_not_matter():
     text = "def run(x):\n    loss = [part for part in [x]]\n    return sorted(loss.copy(), key=lambda y: -y)\n"
     run, _ = defined(text, copy=torch.zeros(1), loss=torch.zeros(1), part=torch.zeros(1), y=torch.zeros(1))
@@ -161,7 +174,7 @@ def test_a_changed_class_or_cached_helper_starts_anew():
 
 def test_a_function_without_source_is_refused():
     space = {"__name__": "__main__"}
-    exec("def run(x):\n    return x", space)
+    exec(compile("def run(x):\n    return x", "<nowhere>", "exec"), space)
     with pytest.raises(TypeError, match="define it in a cell or a file"):
         sweep(space["run"], [{"x": 1}], label="x", workers=1)
 

@@ -39,7 +39,7 @@ def attempt(name, probe, *arguments, remedy) -> Check:
         return Check(name, probe(*arguments))
     except Exception as error:  # whatever a broken package raises is for the reader to see
         reason = (str(error).strip().splitlines() or ["no message"])[-1]
-        return Check(name, f"{type(error).__name__}: {reason}", remedy)
+        return Check(name, f"{type(error).__name__}: {reason}", INSTALL if isinstance(error, ImportError) else remedy)
 
 
 def requirements() -> list[str]:

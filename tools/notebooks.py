@@ -13,6 +13,7 @@ import argparse
 import base64
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -189,6 +190,7 @@ def editions(folder) -> None:
             target = Path(folder) / name / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(edition, target)
+            shutil.copy(FOLDER / "CLAIMS.md", target.parent)
         print(f"{path.name}: {len(exercises(nb))} exercises", flush=True)
 
 

@@ -56,7 +56,7 @@ def blank(answer) -> bool:
 
 def same(a, b, tol: float = 1e-4) -> bool:
     """Whether two results agree: numbers and arrays within `tol` of their size, sequences item by item, else ==."""
-    a, b = (v.item() if isinstance(v, torch.Tensor) and v.dtype == torch.bool and v.numel() == 1 else v for v in (a, b))
+    a, b = _unwrapped(a), _unwrapped(b)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(same(x, y, tol) for x, y in zip(a, b, strict=True))
     if isinstance(a, (bool, str)) or isinstance(b, (bool, str)):
@@ -84,8 +84,10 @@ def grade(answer: Callable, truth: Callable, draw: Callable[[torch.Generator], S
             known = _recognise(answer, cases, mistakes, tol)
             raised = f"your function raised {type(error).__name__}: {error}  (called with {_describe(arguments)})"
             return not_yet(known or raised)
-        if blank(got):
+        if got is ...:
             return NOT_ATTEMPTED
+        if got is None:
+            return not_yet("your function returns nothing: is `return` missing?")
         verdict = verdict or _difference(got, truth(*_copies(arguments)), arguments, tol)
     if verdict is None:
         return right(why)
@@ -151,6 +153,12 @@ def _array(value) -> np.ndarray:
     return array
 
 
+def _unwrapped(value):
+    """A number of numpy, or a single bool of torch, as Python's."""
+    one_bool = isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.numel() == 1
+    return value.item() if one_bool or isinstance(value, np.generic) else value
+
+
 def _short(value) -> str:
     value = value.item() if isinstance(value, torch.Tensor) else value
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -172,4 +180,4 @@ def _describe(values) -> str:
 
 def _copies(arguments):
     """Fresh arguments for each call: an answer that works in place must not change the next one's."""
-    return [copy.deepcopy(a) if isinstance(a, torch.Tensor | np.ndarray) else a for a in arguments]
+    return [copy.deepcopy(a) if isinstance(a, torch.Tensor | np.ndarray | list) else a for a in arguments]

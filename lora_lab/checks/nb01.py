@@ -8,7 +8,7 @@ from lora_lab.checks import NOT_ATTEMPTED, Mistake, Verdict, blank, grade, grade
 from lora_lab.linalg import numerical_rank
 
 HAND = ((2, 1, 3), (4, 2, 7), (6, 3, 10))  # the matrix of echelon_by_hand
-SIZES = ((3, 6), (7, 4), (10, 15), (12, 20), (20, 5), (9, 31), (12, 4), (256, 512))  # m n / (m + n) is whole for four
+SIZES = ((3, 6), (7, 4), (10, 15), (12, 20), (20, 5), (5, 21), (12, 4), (256, 512))  # m n / (m + n) is whole for four
 
 
 def _rank(rows) -> int:
@@ -97,6 +97,7 @@ MISTAKES = {
     ],
     "rank_of_step": [
         Mistake("16 is what the batch would allow. But this matrix has only 10 rows.", 16),
+        Mistake("9 is what cross-entropy leaves, well seen! Asked is what shape and batch alone allow.", 9),
         Mistake("256 is the longer side of the matrix. No rank is above the shorter side, nor above the batch.", 256),
         Mistake("1 is the bound for a single example. Sixteen examples add up to sixteen such pieces at most.", 1),
         Mistake("rows times examples: ranks are not multiplied. Each of the three numbers is a bound by itself.", 160),
@@ -214,12 +215,14 @@ def largest_cheap_rank(answer) -> Verdict:
 
 
 def _noisy(generator):
-    """A matrix of rank 2 or 3 in small, middle or large units, with noise a hundred thousand times smaller."""
-    def normal(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+    """A (6, 9) matrix in small, middle or large units with two singular values close to the bar; and tol."""
+    def turn(k, n):
+        return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q
 
-    r, unit = (int(torch.randint(*ends, (1,), generator=generator)) for ends in ((2, 4), (0, 3)))
-    return (1e-5, 1.0, 1e6)[unit] * (normal(6, r) @ normal(r, 9) + 1e-5 * normal(6, 9)), 1e-3
+    unit, pick, large = (int(torch.randint(k, (1,), generator=generator)) for k in (3, 2, 3))
+    tol = (1e-2, 1e-3)[pick]
+    S = torch.tensor([1, 0.6, 0.3][:1 + large] + [1.3 * tol, 0.7 * tol] + [1e-3 * tol] * (3 - large)).double()
+    return (1e-5, 1.0, 1e6)[unit] * turn(6, 6) * S @ turn(6, 9).T, tol
 
 
 def relative_rank(answer) -> Verdict:

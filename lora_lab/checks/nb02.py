@@ -123,10 +123,13 @@ def smallest_rank(answer):
 # 7 · which pairs have the same product?
 
 def _letters(answer):
-    """"abd" from "b, a, d", "(a) (b) (d)", ["a", "b", "d"] or ("A", "B", "D")."""
+    """"abd" from "b, a and d", "(a) (b) (d)", ["a", "b", "d"] or ("A", "B", "D"); other words stay as they are."""
     if isinstance(answer, (list, tuple, set)) and answer and all(isinstance(part, str) for part in answer):
-        answer = "".join(answer)
-    return "".join(sorted(set(answer.lower()) & set("abcde"))) if isinstance(answer, str) else answer
+        answer = " ".join(answer)
+    if not isinstance(answer, str):
+        return answer
+    letters = {c for c in answer.lower().replace("and", " ") if c.isalpha()}
+    return "".join(sorted(letters)) if letters <= set("abcde") else answer
 
 
 def same_product(answer):
@@ -242,6 +245,7 @@ MISTAKES = {
     "same_product": [
         Mistake("(a) too: 2 and 1/2 cancel. It is (b) with G = 2 I.", "bd"),
         Mistake("(d) too: an orthogonal Q is invertible, with Q^-1 = Q^T.", "ab"),
+        Mistake("(b) too: G G^-1 = I, for any invertible G.", "ad"),
         Mistake("(c) gives B G G A, and G G is the identity only for special G.", "abcd"),
         Mistake("(e) does not even fit: G is (r, r), B is (out, r), and G has to stand between B and A.", "abde"),
         Mistake("right, but (a) and (d) are special cases of it: G = 2 I and G = Q.", "b"),

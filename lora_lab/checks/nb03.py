@@ -69,8 +69,8 @@ MISTAKES = {
         Mistake("Measurement 1 says the opposite of A: a rank of 512 is the highest possible.", ("A", 1)),
         Mistake("Measurement 2 says that a few directions stand out, not that the others are zero: 90 % of the energy "
                 "takes over 200 singular values, so W is not of low rank.", ("A", 2)),
-        Mistake("Measurement 3 says what the task needs, not what W is: by the norm, even rank 64 misses most of W.",
-                ("A", 3)),
+        Mistake("Measurement 3 says what the task needs, not what W is: even at rank 64 the error is over half of W's "
+                "norm.", ("A", 3)),
         Mistake("Accuracy does notice damage: look at the ranks 2, 4 and 8 in the table.", ("C", 3)),
         Mistake("The rank of W says nothing about how fine a measure accuracy is. The table does: see ranks 2 to 8.",
                 ("C", 1)),
@@ -102,8 +102,8 @@ def components(answer) -> Verdict:
 
 def best_rank(answer) -> Verdict:
     return grade_value(answer, 4, MISTAKES["best_rank"],
-                       "three tastes and the average: the rank that predicts best counts the causes.",
-                       hint="Count the causes that would repeat in marks not yet given.")
+                       "three tastes and the average: the rank that predicts best counts what stands out from whim.",
+                       hint="Count the directions that stand out from whim and would repeat in marks not yet given.")
 
 
 def escaped(answer) -> Verdict:
@@ -122,7 +122,9 @@ def growth(answer) -> Verdict:
 
 
 def conclusion(answer) -> Verdict:
-    also_right = isinstance(answer, (tuple, list)) and tuple(answer) == ("B", 3)
+    if isinstance(answer, (str, tuple, list)) and len(answer) == 2 and str(answer[1]) in ("1", "2", "3"):
+        answer = str(answer[0]).upper(), int(answer[1])  # "b3" and ["B", "3"] say it as well
+    also_right = answer == ("B", 3)
     return grade_value(("B", 2) if also_right else answer, ("B", 2), MISTAKES["conclusion"],
                        "error in the norm and error in the task are two things; only the second one is paid for.",
                        hint='Answer with a pair such as ("A", 1): a letter A, B or C and a number 1, 2 or 3.')

@@ -16,6 +16,8 @@ MISTAKES = {
                 lambda y, digits: y < 8),
         Mistake("that looks at the first and the last digit only and takes all between them as well",
                 lambda y, digits: (y >= min(digits)) & (y <= max(digits))),
+        Mistake("the right values, but as numbers: indexing with 0 and 1 would take rows 0 and 1; return booleans",
+                lambda y, digits: torch.isin(y, torch.tensor(digits)).long()),
         Mistake("those are the examples to leave out: the mask is the wrong way round",
                 lambda y, digits: ~torch.isin(y, torch.tensor(digits))),
     ],
@@ -58,7 +60,7 @@ MISTAKES = {
         Mistake("that is the share of wrong answers", lambda z, y: (z.argmax(1) != y).float().mean().item()),
     ],
     "share_of_nines": [
-        Mistake("they will be answered 8, not 9: nothing ever pushes the logit of 9 up", 1.0),
+        Mistake("they will be answered 8, not 9: nothing ever raises the row or bias of 9", 1.0),
         Mistake("not even by chance: being pushed down by every batch is worse than guessing", 0.1),
         Mistake("8 and 9 do look alike, but looking alike makes a 9 be read as 8", 0.5),
     ],
@@ -69,7 +71,14 @@ def mask(answer) -> Verdict:
     def draw(g):
         return _integers(g, 0, 10, 40), tuple(torch.randperm(10, generator=g)[:3].tolist())
 
-    return grade(answer, lambda y, digits: torch.isin(y, torch.tensor(digits)), draw, MISTAKES["mask"],
+    def with_type(function):
+        def both(y, digits):
+            found = function(y, digits)
+            return (found, str(found.dtype)) if isinstance(found, torch.Tensor) else found
+        return both
+
+    mistakes = [Mistake(message, with_type(function)) for message, function in MISTAKES["mask"]]
+    return grade(with_type(answer), with_type(lambda y, d: torch.isin(y, torch.tensor(d))), draw, mistakes,
                  "every split of this course, old or new, is such a mask.")
 
 
@@ -100,7 +109,7 @@ def logit_gradient(answer) -> Verdict:
         return torch.autograd.grad(F.cross_entropy(z, y), z)[0]
 
     return grade(answer, truth, lambda g: (torch.randn(7, 5, generator=g), _integers(g, 0, 5, 7)),
-                 MISTAKES["logit_gradient"], "autograd agrees; it is also why unseen classes only go down.")
+                 MISTAKES["logit_gradient"], "autograd agrees; it is also why nothing ever speaks for an unseen class.")
 
 
 def share_right(answer) -> Verdict:
@@ -110,5 +119,5 @@ def share_right(answer) -> Verdict:
 
 
 def share_of_nines(answer) -> Verdict:
-    return grade_value(answer, 0.0, MISTAKES["share_of_nines"], "the logit of 9 is pushed down in both trainings.",
+    return grade_value(answer, 0.0, MISTAKES["share_of_nines"], "its row and bias only fall in both trainings.",
                        hint="Think of the sign of the gradient at logit 9.", tol=0.02)

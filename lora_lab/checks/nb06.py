@@ -40,9 +40,10 @@ def _rows(d8, d9, first=8, second=9):
 
 MISTAKES = {
     "all_ten": [
-        Mistake("that is the mean of 0 and 95 %; there are four times as many old digits as new ones", 0.475),
-        Mistake("that is the accuracy on 8 and 9 alone", 0.95),
-        Mistake("that is what is lost, not what is right", 0.81),
+        Mistake("half would be right if the groups were equally large; there are four times as many old digits", 0.5),
+        Mistake("that is the accuracy on 8 and 9 alone", 1.0),
+        Mistake("that is what is lost, not what is right", 0.8017),
+        Mistake("divide by all 10,000 test digits, not by the old ones", 1983 / 8017),
     ],
     "replay_indices": [
         Mistake("some old examples come more than once: draw without repetition",
@@ -51,13 +52,15 @@ MISTAKES = {
                 lambda y, n, g: torch.cat([_new(y), (y < 8).nonzero()[:n, 0]])),
         Mistake("examples with label 8 or 9 are missing: all of them belong to it",
                 lambda y, n, g: torch.cat([_new(y)[:n], _pick(y, n, g)])),
-        Mistake("the replayed part contains 8s or 9s: draw it from the old digits only",
+        Mistake("the replayed part contains 8s or 9s: draw from the old digits only, and return their places in y",
                 lambda y, n, g: torch.cat([_new(y), torch.randperm(len(y), generator=g)[:n]])),
     ],
     "front": [
         Mistake("those are only the best in each number; unbeaten compromises belong to the front too", _first_two),
         Mistake("that drops a point as soon as another is better in one number; it must be at least as good in both",
                 lambda points: _front(points, lambda q, p: (q[0] > p[0] or q[1] > p[1]) and q != p)),
+        Mistake("indices are wanted, not the points themselves",
+                lambda points: sorted(points[k] for k in _front(points, _dominates))),
         Mistake("that keeps the points that beat nobody: the comparison is the wrong way round",
                 lambda points: _front(points, lambda q, p: _dominates(p, q))),
         Mistake("a point that is equal in one number and worse in the other is beaten, too",
@@ -95,8 +98,8 @@ MISTAKES = {
 
 
 def all_ten(answer) -> Verdict:
-    return grade_value(answer, 0.19, MISTAKES["all_ten"], "a total loss on eight digits looks like a bad model on ten.",
-                       hint="Right answers: none of 8,017 and 95 % of 1,983. Divide by 10,000.", tol=0.004)
+    return grade_value(answer, 0.1983, MISTAKES["all_ten"], "a total loss on eight digits looks like a bad model.",
+                       hint="Right answers at best: none of 8,017 and all of 1,983. Divide by 10,000.", tol=0.004)
 
 
 def replay_indices(answer) -> Verdict:
