@@ -35,12 +35,17 @@ def _doubled(valid, gain, *, last_tried=False, against_start=False):
 
 
 def _draw_validation(generator):
-    """Accuracies of r = 1, 2, ..., 256: they rise to the end, or rise, dip, rise once more and dip again."""
-    steps = torch.rand(9, generator=generator) * 0.03 + 0.02  # (9,)
+    """Accuracies of r = 1, 2, ..., 256: they rise to the end, once by exactly the gain; or rise, crawl, dip, rise once
+    more and dip again. All in 1024ths, which are exact in binary."""
+    steps, gain = torch.randint(20, 51, (9,), generator=generator) / 1024, 10 / 1024  # (9,)
+    steps[0] += 0.25
     if torch.rand((), generator=generator) < 0.7:
-        stop = int(torch.randint(3, 6, (), generator=generator))
-        steps[stop], steps[7], steps[8] = -0.01, 0.2, -0.05
-    return {2**k: round(0.3 + float(steps[: k + 1].sum()), 4) for k in range(9)}, 0.01
+        stop = int(torch.randint(1, 5, (), generator=generator))
+        steps[stop:stop + 3] = torch.tensor([gain / 2, gain / 2, -gain])
+        steps[7], steps[8] = 0.1875, -0.0625
+    else:
+        steps[4] = gain
+    return {2**k: float(steps[:k + 1].sum()) for k in range(9)}, gain
 
 
 def _doubled_without_end(valid, gain):
@@ -88,6 +93,8 @@ MISTAKES = {
     "honest_report": [
         Mistake("this still chooses by the test set. A rank chosen there is the luckiest of eight on these examples; "
                 "choose by `valid`.", lambda valid, test: _report(valid, test, choose_by="test", score_by="test")),
+        Mistake("this still chooses by the test set; choose by `valid`, report `test`",
+                lambda valid, test: _report(valid, test, choose_by="test", score_by="valid")),
         Mistake("the choice is right, but the accuracy you report is the one you chose by, the luckiest of eight. "
                 "Report the test accuracy of the chosen rank.",
                 lambda valid, test: _report(valid, test, choose_by="valid", score_by="valid")),
@@ -95,6 +102,9 @@ MISTAKES = {
     "choose_rank": [
         Mistake("you return the rank that did not pay any more. The one before it is as good at half the price.",
                 lambda valid, gain: _doubled(valid, gain, last_tried=True)),
+        Mistake("any rise is enough for you: a doubling has to gain at least `gain`",
+                lambda valid, gain: _doubled(valid, 1e-9)),
+        Mistake("a gain of exactly `gain` still pays: >=", lambda valid, gain: _doubled(valid, gain * 1.0001)),
         Mistake("you compare with r = 1 each time, so the gain never seems to end. Compare each rank with the one "
                 "before it.", lambda valid, gain: _doubled(valid, gain, against_start=True)),
         Mistake("that is the best of all nine ranks: it trains every one of them. The point of the procedure is to "
@@ -134,7 +144,7 @@ def honest_report(answer) -> Verdict:
 
 def choose_rank(answer) -> Verdict:
     return grade(answer, _doubled, _draw_validation, MISTAKES["choose_rank"],
-                 "it stops by itself, and has then trained only one rank more than it uses.", rounds=8)
+                 "it stops by itself, and has then trained only one rank more than it uses.", rounds=12)
 
 
 def what_next(answer) -> Verdict:

@@ -38,7 +38,7 @@ def _adapters(generator):
     other = torch.randn(m, r, generator=generator)
     return [(A, B, mix @ A, B @ torch.linalg.inv(mix)), (A, B, A, other / other.norm() * B.norm()),
             (A, B, A.clone(), B.clone()), (A, B, A, -B),
-            (A, B, 2 * A, B / 2)][torch.randint(5, (1,), generator=generator)]
+            (A, B, 2 * A, B / 2), (A, B, A, 2 * B)][torch.randint(6, (1,), generator=generator)]
 
 
 def _later_phi(V1, V2, first, last):
