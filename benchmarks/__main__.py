@@ -22,11 +22,13 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all of them if none is named")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
     args = parser.parse_args()
+    if unknown := set(args.parts) - PARTS.keys():
+        parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     text = README.read_text(encoding="utf-8")
-    for name in args.parts:
+    for name in args.parts or PARTS:
         table = f"{machine()}\n\n{PARTS[name].run()}"
         print(f"\n## {name}\n\n{table}", flush=True)
         start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"

@@ -118,14 +118,16 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 @contextmanager
 def disabled(model: nn.Module):
     """Inside the block the LoRA layers compute what the base computes, bit for bit."""
-    layers = [layer for layer in _lora_layers(model).values() if "forward" not in vars(layer)]
+    layers = {layer: vars(layer).get("forward") for layer in _lora_layers(model).values()}  # or None
     for layer in layers:
         layer.forward = partial(nn.Linear.forward, layer)  # weight and bias are the base's own
     try:
         yield model
     finally:
-        for layer in layers:
+        for layer, before in layers.items():
             vars(layer).pop("forward", None)  # it may have been removed meanwhile
+            if before:
+                layer.forward = before
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -209,6 +210,21 @@ def test_a_traced_model_sees_disabled_and_load(tmp_path):
             assert torch.equal(compiled(x), model(x))
         load_adapter(model, tmp_path)
     assert torch.equal(compiled(x), model(x))
+
+
+def test_disabled_sees_through_a_forward_that_something_else_has_set():
+    model, x = adapted(), torch.randn(3, 6)
+    for layer in (model[0], model[4]):
+        layer.forward = partial(type(layer).forward, layer)  # as accelerate does
+    want = model(x)
+    with disabled(model):
+        base = model(x)
+        with disabled(model):
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), want) and not torch.equal(base, want)
+    remove(model)
+    assert torch.equal(model(x), base)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
