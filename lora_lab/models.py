@@ -1,5 +1,6 @@
 """The course's model, its pretrained base, and what a model's parameters count up to."""
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,9 @@ def base_model(seed: int = 0, epochs: float = 3, batch_size: int = 256, lr: floa
         model = MLP()
     start = f"base-{cache.key(settings, str(model))}-"  # the name of the file goes on with the key of its content
     for file in cache.folder().glob(start + "*"):
-        content = file.read_bytes()
+        content = b""
+        with suppress(OSError):  # gone meanwhile, or not ours to read
+            content = file.read_bytes()
         if file.name == f"{start}{cache.key(content)}.safetensors":
             model.load_state_dict(load(content))
             with progress(total=1, desc="base model") as bar:

@@ -3,8 +3,12 @@
 import functools
 import inspect
 import json
+import multiprocessing
 import symtable
+import sys
 import textwrap
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import joblib
@@ -14,6 +18,11 @@ from IPython.utils.capture import capture_output
 from lora_lab.cache import folder, key, written_whole
 from lora_lab.progress import progress
 
+# On Linux one process loads torch, and every worker is forked from that one and shares the memory: 300 MB for each.
+PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+if sys.platform == "linux":
+    PROCESSES.set_forkserver_preload([__name__, "torch._dynamo"])  # which the first optimizer would load
+
 
 def sweep(run, settings, *, label: str, workers: int | None = None) -> list:
     """[run(**setting) for setting in settings], by `workers` processes (default: all cores, at most 8).
@@ -22,6 +31,7 @@ def sweep(run, settings, *, label: str, workers: int | None = None) -> list:
     kept on disk, as JSON, when it is finished: after an interruption, or in a later session, the same call goes on from
     there. A change of `run`, of what it uses from its notebook, of lora_lab or of torch starts anew.
     `run` gets and returns only what JSON can hold, and makes its data and models itself (see `few_digits`).
+    A script, unlike a notebook, calls this under `if __name__ == "__main__":`, as for all of Python's processes.
     What a run raises is raised here, with a note that names the setting; what is finished stays.
     """
     settings = list(settings)
@@ -34,28 +44,28 @@ def sweep(run, settings, *, label: str, workers: int | None = None) -> list:
         bar.update(len(settings) - len(missing))
         if not missing:
             bar.note = f"{label}: {len(settings)} runs, from the cache"
-        with joblib.parallel_config("loky", inner_max_num_threads=1):
-            pool = joblib.Parallel(workers or min(joblib.cpu_count(), 8), return_as="generator", batch_size=1)
-            done = pool(joblib.delayed(_finished)(run, settings[k], files[k]) for k in missing)
+        pool = ProcessPoolExecutor(workers or min(joblib.cpu_count(), 8), PROCESSES)
+        sent = joblib.wrap_non_picklable_objects(run)  # with its code, since other processes do not know a notebook's
+        try:
+            done = pool.map(_finished, repeat(sent), [settings[k] for k in missing], [files[k] for k in missing])
             for k, text in zip(missing, done, strict=True):
                 results[k] = json.loads(text)
                 bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or an interruption nothing more is begun
     return [result["result"] for result in results]
 
 
 def _finished(run, setting: dict, file: Path) -> str:
-    """Do one run and keep its result; the JSON text."""
-    threads = torch.get_num_threads()
+    """Do one run, in a worker, and keep its result; the JSON text."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     try:
-        with torch.random.fork_rng(devices=[]), capture_output():  # no progress lines from inside
-            torch.manual_seed(0)
+        with capture_output():  # no progress lines from inside
             text = json.dumps({"setting": setting, "result": run(**setting)})
     except Exception as error:
         error.add_note(f"in a run of the sweep: {run.__name__}(**{setting}). A run returns only what JSON can hold.")
         raise
-    finally:
-        torch.set_num_threads(threads)
     with written_whole(file) as part:
         part.write_text(text, encoding="utf-8")
     return text

@@ -2,8 +2,11 @@
 
 import json
 import linecache
+import multiprocessing
 import os
+import sys
 import textwrap
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -58,8 +61,12 @@ def tensor(x):
     return {"loss": torch.tensor(x)}
 
 
-def worker(x):
-    return os.getpid()
+def parent(x):
+    return os.getppid()
+
+
+def killed(x):
+    os._exit(1)
 
 
 def counted(path, x):
@@ -116,6 +123,20 @@ def test_what_was_finished_before_an_error_stays(own_cache):
     assert "{'x': 3}" in failed.value.__notes__[0]
 
 
+def test_nothing_more_is_begun_after_an_error(tmp_path):
+    log = tmp_path / "log"
+
+    def run(x):
+        with open(log_path, "a") as file:
+            file.write("x")
+        raise ZeroDivisionError
+
+    log_path = str(log)
+    with pytest.raises(ZeroDivisionError):
+        sweep(run, [{"x": x} for x in range(20)], label="x", workers=2)
+    assert 1 <= len(log.read_text()) < 10
+
+
 def test_a_result_that_json_cannot_keep(own_cache):
     with pytest.raises(TypeError, match="Tensor is not JSON serializable") as failed:
         sweep(tensor, [{"x": 1.5}], label="x", workers=2)
@@ -164,9 +185,9 @@ def test_data_from_outside_is_refused_since_its_change_could_not_be_seen(data):
         sweep(run, [{"x": 1}], label="x", workers=1)
 
 
-def test_a_changed_class_or_cached_helper_starts_anew():
-    text = ("import functools\n\nclass Net:\n    def size(self):\n        return SIZE\n\n"
-            "@functools.cache\ndef net():\n    return Net().size() + 1\n\ndef run(x):\n    return net() + x\n")
+def test_a_changed_class_or_decorated_helper_starts_anew():
+    text = ("import torch\n\nclass Net:\n    def size(self):\n        return SIZE\n\n"
+            "@torch.no_grad()\ndef net():\n    return Net().size() + 1\n\ndef run(x):\n    return net() + x\n")
     seen = [sweep(defined(source)[0], [{"x": 1}], label="x", workers=1)
             for source in (text.replace("SIZE", "5"), text.replace("SIZE", "7"))]
     assert seen == [[7], [9]]
@@ -192,9 +213,23 @@ def test_nothing_to_do_and_settings_from_a_generator():
     assert sweep(double, ({"x": x} for x in (1, 2)), label="x", workers=1) == [{"twice": 2}, {"twice": 4}]
 
 
-def test_the_workers_are_kept_for_the_next_sweep():
-    first, second = (sweep(worker, [{"x": x} for x in xs], label="x", workers=2) for xs in (range(4), range(4, 8)))
-    assert set(first) & set(second) and os.getpid() not in first
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
+def test_all_workers_come_from_one_process_that_has_loaded_torch():
+    first, second = (sweep(parent, [{"x": x} for x in xs], label="x", workers=2) for xs in (range(4), range(4, 8)))
+    assert len({*first, *second}) == 1 and os.getpid() not in first
+
+
+def test_the_same_numbers_where_processes_cannot_be_forked(own_cache, monkeypatch):
+    forked = sweep(training, [{"seed": 0}], label="x")
+    kept(own_cache)[0].unlink()
+    monkeypatch.setattr(sweep_module, "PROCESSES", multiprocessing.get_context("spawn"))
+    assert sweep(training, [{"seed": 0}], label="x")[0]["loss"] == forked[0]["loss"]
+
+
+def test_a_worker_that_dies_is_an_error_and_no_endless_wait(own_cache):
+    with pytest.raises(BrokenProcessPool):
+        sweep(killed, [{"x": 1}, {"x": 2}], label="x", workers=2)
+    assert sweep(double, [{"x": 1}], label="x") == [{"twice": 2}]
 
 
 def test_few_digits_are_mnist_s():
