@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lora_lab import adapter_files
 from lora_lab.adapter_files import AdapterError, LayerWeights
+from lora_lab.linalg import split
 
 INITS = ("gaussian", "kaiming", "pissa", "svd")
 
@@ -273,9 +274,8 @@ def _start(weight: Tensor, r: int, init, scaling: float) -> tuple[Tensor, Tensor
         A, B = init
         return A.to(**like, copy=True), B.to(**like, copy=True)
     if init in ("svd", "pissa"):
-        U, S, Vh = torch.linalg.svd(weight.detach().to(like["dtype"]), full_matrices=False)
-        root = (S[:r] / scaling if init == "pissa" else S[:r]).sqrt()  # (r,)
-        return root[:, None] * Vh[:r], U[:, :r] * root  # B A is W_r, or W_r / s
+        W = weight.detach().to(like["dtype"])
+        return split(W / scaling if init == "pissa" else W, r)  # B A is W_r / s, or W_r
     if init == "gaussian":
         A = torch.randn(r, in_features, **like) / math.sqrt(in_features)
     else:
