@@ -46,27 +46,29 @@ def show(fig: Figure, alt: str, title: str = "") -> None:
     display({"text/plain": f"Figure: {alt}", "image/png": data, "text/html": page}, raw=True)
 
 
-def curves(series: dict, *, title: str, alt: str, marks: dict | None = None, size=(6.4, 3.6), **axes) -> None:
+def curves(series: dict, *, title: str, alt: str = "", ax=None, marks: dict | None = None, size=(6.4, 3.6),
+           xticks=None, yticks=None, **options) -> None:
     """Lines: {label: (x, y)} or {label: (x, y, low, high)} with a shaded band. `marks` {text: y} are level lines;
-    `axes` is passed on to matplotlib's Axes.set (xlabel, ylim, xscale="log", ...)."""
-    fig, ax = figure(size=size)
-    draw_curves(ax, series)
-    for text, level in (marks or {}).items():
-        ax.axhline(level, color="0.45", linewidth=1, linestyle=(0, (6, 3)))
-        ax.annotate(text, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5)
-    ax.set(title=title, **axes)
-    if len(series) > 1:
-        ax.legend(fontsize=9)
-    show(fig, alt)
-
-
-def draw_curves(ax, series: dict) -> None:
-    """The lines of `curves` on axes of your own."""
+    `options` go to matplotlib's Axes.set (xlabel, ylim, xscale="log", ...). They get a figure of their own, or are
+    drawn on `ax`, one of several that `figure` gave and `show` will show: `alt` is then for show."""
+    fig, axes = figure(size=size) if ax is None else (None, ax)
     for k, (label, (x, y, *band)) in enumerate(series.items()):
         marker = MARKERS[k % len(MARKERS)] if len(x) <= 40 else None
-        ax.plot(x, y, color=COLOURS[k % len(COLOURS)], marker=marker, linestyle=LINES[k % len(LINES)], label=label)
+        axes.plot(x, y, color=COLOURS[k % len(COLOURS)], marker=marker, linestyle=LINES[k % len(LINES)], label=label)
         if band:
-            ax.fill_between(x, *band, color=COLOURS[k % len(COLOURS)], alpha=0.18, linewidth=0)
+            axes.fill_between(x, *band, color=COLOURS[k % len(COLOURS)], alpha=0.18, linewidth=0)
+    for text, level in (marks or {}).items():
+        axes.axhline(level, color="0.45", linewidth=1, linestyle=(0, (6, 3)))
+        axes.annotate(text, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5)
+    axes.set(title=title, **options)
+    for axis, ticks in ((axes.xaxis, xticks), (axes.yaxis, yticks)):
+        if ticks is not None:  # these alone, as plain numbers on a log scale, too
+            axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
+            axis.set_ticks([], minor=True)
+    if fig:
+        if len(series) > 1:
+            axes.legend(fontsize=9)
+        show(fig, alt)
 
 
 def bars(values: dict, *, title: str, alt: str, fmt="{:.1f}", size=(6.4, 3.2), **axes) -> None:
@@ -108,30 +110,25 @@ def images(pictures, captions=None, *, title: str, alt: str, columns: int = 8, s
     show(fig, alt, title)
 
 
-def heatmap(matrix, *, title: str, alt: str, size=(5.0, 4.0), **options) -> None:
-    """A matrix as colours, with the options of `draw_heatmap`."""
-    fig, ax = figure(size=size)
-    draw_heatmap(ax, matrix, **options)
-    ax.set_title(title)
-    show(fig, alt)
-
-
-def draw_heatmap(ax, matrix, xlabel="", ylabel="", xticks=None, yticks=None, numbers=None, limits=None) -> None:
-    """A matrix on axes of your own. `numbers`: a format such as "{:.2f}" writes each entry into its cell."""
+def heatmap(matrix, *, title: str, alt: str = "", ax=None, size=(5.0, 4.0), numbers: str | None = None, limits=None,
+            xticks=None, yticks=None, **options) -> None:
+    """A matrix as colours, in a figure of its own or on `ax`, as for `curves`. `numbers`: a format such as "{:.2f}"
+    writes each entry into its cell. `limits`: the values at the ends of the colours."""
+    fig, axes = figure(size=size) if ax is None else (None, ax)
     matrix = np.asarray(matrix, dtype=float)
     low, high = limits or (matrix.min(), matrix.max())
-    drawn = ax.imshow(matrix, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    ax.grid(False)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    for axis, ticks in ((ax.xaxis, xticks), (ax.yaxis, yticks)):
+    drawn = axes.imshow(matrix, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    axes.grid(False)
+    axes.set(title=title, **options)
+    for axis, ticks in ((axes.xaxis, xticks), (axes.yaxis, yticks)):
         if ticks is not None:
             axis.set_ticks(range(len(ticks)), ticks)
-    if numbers:
-        for (i, j), value in np.ndenumerate(matrix):
-            bright = value > low + 0.6 * (high - low)
-            ax.text(j, i, numbers.format(value), ha="center", va="center", fontsize=8,
-                    color="black" if bright else "white")
-    ax.figure.colorbar(drawn, ax=ax, shrink=0.85)
+    for (i, j), value in np.ndenumerate(matrix) if numbers else ():
+        axes.text(j, i, numbers.format(value), ha="center", va="center", fontsize=8,
+                  color="black" if value > low + 0.6 * (high - low) else "white")
+    axes.figure.colorbar(drawn, ax=axes, shrink=0.85)
+    if fig:
+        show(fig, alt)
 
 
 def plane(matrices: dict, *, title: str, alt: str, vectors: dict | None = None, limit: float = 2.6) -> None:

@@ -127,9 +127,9 @@ def test_a_figure_without_alternative_text_is_refused(pictures, draw, alt):
 
 
 def test_alternative_text_cannot_be_left_out():
-    for function in (plots.curves, plots.bars, plots.images, plots.heatmap, plots.plane):
-        with pytest.raises(TypeError, match="alt"):
-            function({"a": ([1], [1])}, title="A message")
+    for draw in DRAWN.values():
+        with pytest.raises((TypeError, ValueError), match="alt"):
+            draw(title="A message")
 
 
 def test_an_own_figure_through_figure_and_show(pictures):
@@ -138,6 +138,17 @@ def test_an_own_figure_through_figure_and_show(pictures):
     plots.show(fig, alt="two panels", title="A message")
     assert fig.get_suptitle() == "A message" and not plt.get_fignums()
     assert 'width="500"' in pictures[0]["text/html"]
+
+
+def test_lines_and_colours_on_axes_of_a_larger_figure(pictures):
+    fig, (left, right) = plots.figure(1, 2)
+    plots.curves({"a": ([1, 2, 1000], [3, 4, 5])}, ax=left, title="L", xscale="log", xticks=[1, 1000], xlabel="x")
+    plots.heatmap([[1, 2], [3, 4]], ax=right, title="R", xticks="ab", ylabel="y")
+    assert not pictures and (left.get_title(), left.get_xlabel()) == ("L", "x")
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "1,000"] and not len(left.xaxis.get_minorticklocs())
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["a", "b"] and right.get_ylabel() == "y"
+    plots.show(fig, alt="two panels")
+    assert len(pictures) == 1
 
 
 def test_series_differ_without_their_colours():
