@@ -7,6 +7,7 @@ colour, so that they can be told apart in grey and by colour-blind readers (colo
 import base64
 import html
 import io
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -19,7 +20,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))]
 matplotlib.rcParams.update({  # for all figures of a notebook, those that it draws itself included
     "font.size": 10, "axes.titlesize": 11, "figure.titlesize": 12.5, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "lines.markersize": 5})
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False, "lines.markersize": 5})
 
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.6), **options):
@@ -37,9 +38,10 @@ def show(fig: Figure, alt: str, title: str = "") -> None:
         fig.suptitle(title)
     raw = io.BytesIO()
     fig.savefig(raw, format="png", dpi=130, facecolor="white")
-    small = io.BytesIO()  # 128 colours are enough for a chart, and save half of its size in the notebook
-    few = Image.open(raw).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE)
-    few.save(small, "PNG", optimize=True)
+    small, picture = io.BytesIO(), Image.open(raw).convert("RGB")
+    if len(picture.getcolors(picture.width * picture.height)) < 5000:  # no heat map, whose colours are its content
+        picture = picture.quantize(128, method=Image.Quantize.MAXCOVERAGE, kmeans=1)  # this halves the notebook
+    picture.save(small, "PNG", optimize=True)
     data, width = base64.b64encode(small.getvalue()).decode(), round(fig.get_size_inches()[0] * 100)
     page = f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">'
     # JupyterLab passes alternative text on only as HTML; the PNG is for viewers that take none
@@ -59,7 +61,8 @@ def curves(series: dict, *, title: str, alt: str = "", ax=None, marks: dict | No
             axes.fill_between(x, *band, color=COLOURS[k % len(COLOURS)], alpha=0.18, linewidth=0)
     for text, level in (marks or {}).items():
         axes.axhline(level, color="0.45", linewidth=1, linestyle=(0, (6, 3)))
-        axes.annotate(text, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5)
+        axes.annotate(textwrap.fill(text, 18), (1, level), (4, 0), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", va="center", fontsize=8.5)  # outside, so that no line is under it
     axes.set(title=title, **options)
     for axis, ticks in ((axes.xaxis, xticks), (axes.yaxis, yticks)):
         if ticks is not None:  # these alone, as plain numbers on a log scale, too
@@ -81,7 +84,7 @@ def bars(values: dict, *, title: str, alt: str, fmt="{:.1f}", size=(6.4, 3.2), *
         heights = [row[group] for row in rows]
         drawn = ax.bar(at + (k - (len(groups) - 1) / 2) * width, heights, width * 0.94, color=COLOURS[k], label=group,
                        hatch=["", "//", "..", "xx"][k % 4], edgecolor="white")
-        ax.bar_label(drawn, [fmt.format(h) for h in heights], fontsize=8.5, padding=2)
+        ax.bar_label(drawn, [fmt.format(h).replace("-", "−") for h in heights], fontsize=8.5, padding=2)
     ax.set_xticks(at, list(values))
     ax.grid(False, axis="x")
     ax.set(title=title, **axes)
@@ -148,7 +151,7 @@ def plane(matrices: dict, *, title: str, alt: str, vectors: dict | None = None, 
         arrows = (vectors or {}).get(caption, W.T)  # rows: where e1 and e2 go
         for k, (x, y) in enumerate(np.asarray(arrows)):
             ax.annotate("", (x, y), (0, 0), zorder=3, arrowprops=dict(arrowstyle="-|>", color=COLOURS[1 + 2 * (k % 3)],
-                                                                     linewidth=2, linestyle=["-", "--"][k % 2]))
+                        linewidth=2, linestyle=["-", "--"][k % 2], shrinkA=0, shrinkB=0))
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         ax.set_title(caption, fontsize=9.5)
         ax.grid(False)
