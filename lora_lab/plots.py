@@ -20,7 +20,8 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))]
 matplotlib.rcParams.update({  # for all figures of a notebook, those that it draws itself included
     "font.size": 10, "axes.titlesize": 11, "figure.titlesize": 12.5, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False, "lines.markersize": 5})
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3,
+    "legend.frameon": False, "lines.markersize": 5})
 
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.6), **options):

@@ -153,7 +153,7 @@ def double(answer, mistakes=(), **options):
 @pytest.mark.parametrize("answer, outcome, words", [
     (lambda x: x + x, "right", "because"),
     (lambda x: ..., "not attempted", "replace the ..."),
-    (lambda x: None, "not yet", "is `return` missing?"),
+    (lambda x: None, "not yet", "is `return` missing"),
     (lambda x: (2 * x).T, "not yet", "shape (3, 5) was expected, yours is (5, 3)"),
     (lambda x: 3 * x, "not yet", "the shape (3, 5) is right, the values are not"),
     (lambda x: 2 * x + float("nan"), "not yet", "values are not"),
@@ -196,7 +196,8 @@ def test_grade_value(answer, outcome, words):
 @pytest.mark.parametrize("a, b, equal", [
     ((1, 2), [1, 2], True), ((1, 2), (1, 2, 3), False), (True, True, True), (True, 1, False), ("a", "a", True),
     (torch.ones(2), np.ones(2), True), (torch.ones(2, 1), torch.ones(2), False), (1e-9, 0, True), (1e6, 1e6 + 1, True),
-    (1, 1.01, False), (torch.tensor([]), torch.tensor([]), True), ({}, 1, False)])
+    (1, 1.01, False), (torch.tensor([]), torch.tensor([]), True), ({}, 1, False),
+    (3, ("B", 2), False)])
 def test_same(a, b, equal):
     assert checks.same(a, b) is equal
 

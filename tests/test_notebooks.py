@@ -137,6 +137,10 @@ def test_code_cells_are_short(nb):
     assert lines[min(len(lines) - 1, int(0.9 * len(lines)))] <= 15 and lines[-1] <= 25
 
 
+def test_code_fits_its_cell_in_jupyterlab_without_scrolling(nb):
+    assert not [(cell.id, line) for cell in code(nb) for line in cell.source.splitlines() if len(line) > 98]
+
+
 # --- stored outputs ---------------------------------------------------------------------------------------------
 
 def test_every_code_cell_was_run_in_order(nb):

@@ -87,7 +87,8 @@ def grade(answer: Callable, truth: Callable, draw: Callable[[torch.Generator], S
         if got is ...:
             return NOT_ATTEMPTED
         if got is None:
-            return not_yet("your function returns nothing: is `return` missing?")
+            return not_yet("your function returns nothing: is `return` missing, or does a loop end without one?  "
+                           f"(called with {_describe(arguments)})")
         verdict = verdict or _difference(got, truth(*_copies(arguments)), arguments, tol)
     if verdict is None:
         return right(why)
@@ -98,12 +99,15 @@ def grade_value(answer, truth, mistakes: Sequence[Mistake], why: str, *, hint: s
     """Compare a predicted value. `hint` answers a wrong one that is no known mistake."""
     if blank(answer):
         return NOT_ATTEMPTED
-    if isinstance(answer, str) and isinstance(truth, str) and answer.strip(" .)").lower() == truth.lower():
-        return right(why)
-    if same(answer, truth, tol):
+    def is_(expected) -> bool:
+        if isinstance(answer, str) and isinstance(expected, str):
+            return answer.strip(" .)").lower() == expected.lower()
+        return same(answer, expected, tol)
+
+    if is_(truth):
         return right(why)
     for mistake in mistakes:
-        if same(answer, mistake.answer, tol):
+        if is_(mistake.answer):
             return not_yet(mistake.message)
     return not_yet(f"{answer!r} is not it. {hint}")
 
@@ -150,6 +154,8 @@ def _array(value) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype == object:
         array = array.astype(float)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"{value!r} is no array of numbers")
     return array
 
 

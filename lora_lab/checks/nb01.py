@@ -90,10 +90,12 @@ MISTAKES = {
     "relative_rank": [
         Mistake("tol is still absolute: measure the same thing in millimetres and the answer changes. Compare with tol "
                 "times the largest singular value.", lambda W, tol: int((torch.linalg.svdvals(W) > tol).sum())),
-        Mistake("you count every singular value: with noise none is zero, so that is always min(m, n). Where is tol?",
-                lambda W, tol: int((torch.linalg.svdvals(W) > 0).sum())),
+        Mistake("you count every singular value: with noise none is zero, so that is always min(m, n). Where is tol, "
+                "times the largest?", lambda W, tol: int((torch.linalg.svdvals(W) > 0).sum())),
         Mistake("you count the small singular values. The rank is the number of the large ones.",
                 lambda W, tol: int((torch.linalg.svdvals(W) <= tol * torch.linalg.svdvals(W)[0]).sum())),
+        Mistake("you compare with a norm of W, in which all singular values are added up. The bar is tol times the "
+                "largest alone.", lambda W, tol: int((torch.linalg.svdvals(W) > tol * W.norm()).sum())),
     ],
     "rank_of_step": [
         Mistake("16 is what the batch would allow. But this matrix has only 10 rows.", 16),
@@ -117,7 +119,7 @@ def echelon_by_hand(answer) -> Verdict:
     if blank(answer):
         return NOT_ATTEMPTED
     try:
-        rows = [list(row) for row in answer]
+        rows = [list(row) for row in (answer.tolist() if isinstance(answer, torch.Tensor) else answer)]
         if [len(row) for row in rows] != [3, 3, 3]:
             return not_yet(f"three rows of three numbers were expected, yours have {[len(row) for row in rows]} "
                            "(write zero rows too)")
@@ -221,7 +223,7 @@ def _noisy(generator):
 
     unit, pick, large = (int(torch.randint(k, (1,), generator=generator)) for k in (3, 2, 3))
     tol = (1e-2, 1e-3)[pick]
-    S = torch.tensor([1, 0.6, 0.3][:1 + large] + [1.3 * tol, 0.7 * tol] + [1e-3 * tol] * (3 - large)).double()
+    S = torch.tensor([1, 0.95, 0.9][:1 + large] + [1.3 * tol, 0.7 * tol] + [1e-3 * tol] * (3 - large)).double()
     return (1e-5, 1.0, 1e6)[unit] * turn(6, 6) * S @ turn(6, 9).T, tol
 
 

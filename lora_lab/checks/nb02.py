@@ -78,13 +78,14 @@ def _pseudo_inverse(W, tol=1e-9, invert=torch.reciprocal, relative=True):
 
 
 def _draw_invertible_in_part(generator):
-    """Rank 2 exactly and the default `tol`, or a tiny third singular value that `tol` calls zero (large or small W)."""
+    """Rank 2 exactly and the default `tol`; or a third singular value under the bar (large or small W) or over it."""
     m, n = _sizes(generator)
-    kind = int(torch.randint(3, (1,), generator=generator))
+    kind = int(torch.randint(4, (1,), generator=generator))
     if kind == 0:
         return (_randn(generator, m, 2) @ _randn(generator, 2, n),)
     U, V = (torch.linalg.qr(_randn(generator, size, 3)).Q for size in (m, n))
-    S = torch.tensor([1, 0.4, 0.005], dtype=torch.float64) * (20 if kind == 1 else 0.02)
+    S = torch.tensor([1, 0.95, 0.012] if kind == 3 else [1, 0.4, 0.005], dtype=torch.float64)
+    S = S * (20 if kind == 1 else 0.02)
     return U * S @ V.T, 0.01
 
 
@@ -171,6 +172,8 @@ def _invariants(function):
         if not pair or not all(isinstance(M, Tensor) and M.ndim == 2 for M in result):
             raise ValueError("expected is a pair of matrices, A2 (r, n) and B2 (m, r)")
         A2, B2 = result
+        if len(A2) != B2.shape[1]:
+            raise ValueError(f"B2 @ A2 must be possible, and A2 comes first: {tuple(A2.shape)}, {tuple(B2.shape)}")
         return B2 @ A2, A2 @ A2.T, B2.T @ B2
     return judged
 
@@ -178,7 +181,7 @@ def _invariants(function):
 def balance(answer):
     mistakes = [Mistake(m.message, _invariants(m.answer)) for m in MISTAKES["balance"]]
     verdict = grade(_invariants(answer), _invariants(_balanced), _draw_pair, mistakes,
-                    "of all splits this one has the smallest entries in total: weight decay pulls B and A towards it.")
+                    "of all splits this one has the smallest sum of squares: weight decay pulls B and A towards it.")
     if verdict.outcome == "not yet" and verdict.message not in [m.message for m in mistakes]:
         verdict.message = "I compare B2 @ A2, A2 @ A2.T and B2.T @ B2 with what they should be: " + verdict.message
     return verdict

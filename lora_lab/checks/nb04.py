@@ -74,7 +74,9 @@ def mask(answer) -> Verdict:
     def with_type(function):
         def both(y, digits):
             found = function(y, digits)
-            return (found, str(found.dtype)) if isinstance(found, torch.Tensor) else found
+            if found is ... or found is None:
+                return found
+            return torch.as_tensor(found), str(found.dtype) if torch.is_tensor(found) else f"a {type(found).__name__}"
         return both
 
     mistakes = [Mistake(message, with_type(function)) for message, function in MISTAKES["mask"]]

@@ -26,6 +26,12 @@ def _in_place(W, A, B, s):
     return W
 
 
+def _and_back(W, A, B, s):
+    merged = _in_place(W, A, B, s).clone()
+    W -= s * B @ A
+    return merged
+
+
 MISTAKES = {
     "last_saving_rank": [
         Mistake("at equality nothing is saved: r (m + n) must be smaller than m n, not equal",
@@ -66,8 +72,12 @@ MISTAKES = {
                                    torch.randn(weight.shape[0], r))),
         Mistake("A is zero as well: then no gradient ever arrives, and nothing can be learned",
                 lambda weight, r: (torch.zeros(r, weight.shape[1]), torch.zeros(weight.shape[0], r))),
-        Mistake("the standard deviation of A is not 1 / sqrt(in); torch.randn alone has 1",
+        Mistake("the standard deviation of A is not 1 / sqrt(in); torch.randn alone has 1, PEFT's uniform start 0.58 / "
+                "sqrt(in)",
                 lambda weight, r: (torch.randn(r, weight.shape[1]), torch.zeros(weight.shape[0], r))),
+        Mistake("the right size, but uniform: asked is a normal distribution, torch.randn",
+                lambda weight, r: (torch.empty(r, weight.shape[1]).uniform_(-1, 1) * (3 / weight.shape[1]) ** 0.5,
+                                   torch.zeros(weight.shape[0], r))),
     ],
     "adapted": [
         Mistake("the gradient at x is wrong: the part through the frozen W is missing (no_grad or detach cuts it)",
@@ -85,6 +95,7 @@ MISTAKES = {
     ],
     "merged_weight": [
         Mistake("right the first time, but W itself was changed: a second call would add the change twice", _in_place),
+        Mistake("the right weight, but W was changed and then changed back: not every bit of it came back", _and_back),
         Mistake("the scale s is missing", lambda W, A, B, s: W + B @ A),
         Mistake("that takes the change off; merging adds it", lambda W, A, B, s: W - s * B @ A),
     ],
@@ -152,6 +163,8 @@ def new_adapter(answer) -> Verdict:
             return not_yet("the entries of A repeat: equal rows would stay equal in training")
         if not 0.9 < A.std().item() * n_in ** 0.5 < 1.1 or abs(A.mean().item()) * n_in ** 0.5 > 0.2:
             return not_yet(by_message[3])
+        if A.abs().max() < 2 * A.std():  # uniform ones end at 1.73
+            return not_yet(by_message[4])
     return right("the model starts as the base, and every row of A looks in a direction of its own.")
 
 
@@ -201,8 +214,8 @@ def merged_weight(answer) -> Verdict:
 
     def twice(function):
         def values(W, A, B, s):
-            first = function(W, A, B, s)
-            return first if blank(first) else (first.clone(), function(W, A, B, s))
+            before, first = W.clone(), function(W, A, B, s)
+            return first if blank(first) else (first.clone(), function(W, A, B, s), bool(torch.equal(W, before)))
         return values
 
     mistakes = [Mistake(message, twice(function)) for message, function in MISTAKES["merged_weight"]]

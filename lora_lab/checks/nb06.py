@@ -59,6 +59,9 @@ MISTAKES = {
         Mistake("those are only the best in each number; unbeaten compromises belong to the front too", _first_two),
         Mistake("that drops a point as soon as another is better in one number; it must be at least as good in both",
                 lambda points: _front(points, lambda q, p: (q[0] > p[0] or q[1] > p[1]) and q != p)),
+        Mistake("of two equal points neither beats the other: both stay",
+                lambda points: [k for k, p in enumerate(points) if not any(
+                    j != k and q[0] >= p[0] and q[1] >= p[1] for j, q in enumerate(points))]),
         Mistake("indices are wanted, not the points themselves",
                 lambda points: sorted(points[k] for k in _front(points, _dominates))),
         Mistake("that keeps the points that beat nobody: the comparison is the wrong way round",
@@ -115,6 +118,8 @@ def replay_indices(answer) -> Verdict:
                     picks[-1] = torch.as_tensor(picks[-1])
             except Exception as error:
                 return not_yet(f"your function raised {type(error).__name__}: {error}")
+            if picks[-1] is None:
+                return not_yet("your function returns nothing: is `return` missing?")
             if blank(picks[-1]):
                 return NOT_ATTEMPTED
             if picks[-1].dtype not in (torch.int64, torch.int32) or picks[-1].ndim != 1:

@@ -91,18 +91,18 @@ MISTAKES = {
         Mistake("the same alpha under both rules gives the same s only at r = 1.", lambda alpha, r0: alpha),
     ],
     "honest_report": [
-        Mistake("this still chooses by the test set. A rank chosen there is the luckiest of eight on these examples; "
+        Mistake("this still chooses by the test set. A rank chosen there is the luckiest of nine on these examples; "
                 "choose by `valid`.", lambda valid, test: _report(valid, test, choose_by="test", score_by="test")),
         Mistake("this still chooses by the test set; choose by `valid`, report `test`",
                 lambda valid, test: _report(valid, test, choose_by="test", score_by="valid")),
-        Mistake("the choice is right, but the accuracy you report is the one you chose by, the luckiest of eight. "
+        Mistake("the choice is right, but the accuracy you report is the one you chose by, the luckiest of nine. "
                 "Report the test accuracy of the chosen rank.",
                 lambda valid, test: _report(valid, test, choose_by="valid", score_by="valid")),
     ],
     "choose_rank": [
         Mistake("you return the rank that did not pay any more. The one before it is as good at half the price.",
                 lambda valid, gain: _doubled(valid, gain, last_tried=True)),
-        Mistake("any rise is enough for you: a doubling has to gain at least `gain`",
+        Mistake("any rise is enough for you: a doubling has to gain at least `gain`, as a difference",
                 lambda valid, gain: _doubled(valid, 1e-9)),
         Mistake("a gain of exactly `gain` still pays: >=", lambda valid, gain: _doubled(valid, gain * 1.0001)),
         Mistake("you compare with r = 1 each time, so the gain never seems to end. Compare each rank with the one "
@@ -151,7 +151,7 @@ def what_next(answer) -> Verdict:
     cleaned = answer.strip(" ().").lower() if isinstance(answer, str) else answer
     return grade_value(cleaned, "c", MISTAKES["what_next"],
                        "the last layer can only recombine what the layers below hand it. With those adapted as well, "
-                       "100 steps went past the end of the last layer's scale.",
+                       "100 steps led further than the last layer alone can go.",
                        hint='Answer with one letter: "a", "b", "c" or "d".')
 
 
