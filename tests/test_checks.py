@@ -161,7 +161,7 @@ def double(answer, mistakes=(), **options):
     (lambda x: x @ x, "not yet", "RuntimeError"),
     (lambda: 1, "not yet", "TypeError"),
     (lambda x: x.mul_(2), "right", "because"),
-    (lambda x: "text", "not yet", "shape (3, 5) was expected"),
+    (lambda x: "text", "not yet", "you return text, expected was tensor (3, 5)"),
     (lambda x: 2 * x.sum(), "not yet", "shape (3, 5) was expected, yours is ()")])
 def test_grade_tells_a_wrong_shape_from_a_wrong_value(answer, outcome, words):
     said = double(answer)

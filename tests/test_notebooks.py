@@ -110,7 +110,7 @@ def test_the_maps_give_the_minutes_of_the_header(nb):
 
 def test_the_header_links_to_its_neighbours(nb):
     number = COURSE.index(nb.path.stem)
-    targets = re.findall(r"\]\(([^)#\s]+\.ipynb)\)", nb.cells[0].source.splitlines()[-1])
+    targets = re.findall(r"\]\(([^)#\s]+\.ipynb)(?:#The-map)?\)", nb.cells[0].source.splitlines()[-1])
     for neighbour in COURSE[max(0, number - 1):number] + COURSE[number + 1:number + 2]:
         assert f"{neighbour}.ipynb" in targets
     assert number == 0 or "00_start_here.ipynb" in targets

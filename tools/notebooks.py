@@ -138,7 +138,8 @@ def claims_index() -> str:
     totals = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts)
     lines = ["# Every claim of the course", "",
              "Made by `python -m tools.notebooks index` from what the notebooks show; each line is asserted there, "
-             "in the reader's sight. ≈ marks numbers that come out of training and differ a little between machines. "
+             "in the reader's sight, unless it is open. ≈ marks numbers that come out of training and differ a little "
+             "between machines. The pages among the sources are [named in 00](00_start_here.ipynb#How-a-lesson-works). "
              "Back to [the course map](00_start_here.ipynb).", "", f"{len(verdicts)} claims: {totals}.", ""]
     for path, records in everything.items():
         if records:

@@ -35,10 +35,12 @@ def _adapters(generator):
     r, m, n = 2, *_sizes(generator, 2, 4, 10)
     A, B = torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator)
     mix = torch.tensor([[2.1, 0.9], [0.7, 1.3]])
-    other = torch.randn(m, r, generator=generator)
+    other, left = torch.randn(m, r, generator=generator), torch.randn(m, r, generator=generator)
+    left -= left.mean(0)  # its columns add up to 0: B + left gives another update with the same sum
     return [(A, B, mix @ A, B @ torch.linalg.inv(mix)), (A, B, A, other / other.norm() * B.norm()),
             (A, B, A.clone(), B.clone()), (A, B, A, -B),
-            (A, B, 2 * A, B / 2), (A, B, A, 2 * B)][torch.randint(6, (1,), generator=generator)]
+            (A, B, 2 * A, B / 2), (A, B, A, 2 * B), (A, B, A, B + left),
+            (A.abs(), B, A.abs(), B + 1)][torch.randint(8, (1,), generator=generator)]
 
 
 def _later_phi(V1, V2, first, last):
@@ -102,6 +104,11 @@ MISTAKES = {
                 lambda A1, B1, A2, B2: torch.equal(B1 @ A1, B2 @ A2)),
         Mistake("two updates of the same size need not be the same: compare every entry of B A, not its norm",
                 lambda A1, B1, A2, B2: bool(torch.isclose((B1 @ A1).norm(), (B2 @ A2).norm(), rtol=1e-3))),
+        Mistake("a cosine has no length: two updates in the same direction need not be equally large",
+                lambda A1, B1, A2, B2: bool(torch.isclose(torch.cosine_similarity(
+                    (B1 @ A1).flatten(), (B2 @ A2).flatten(), dim=0), torch.tensor(1.0), rtol=1e-4))),
+        Mistake("the sign of the difference: take abs() before you compare with a tolerance",
+                lambda A1, B1, A2, B2: bool((B1 @ A1 - B2 @ A2).max() < 1e-4)),
         Mistake("A B does not fit: (r, in) @ (out, r). For a square layer with r = in it would have run and been wrong",
                 lambda A1, B1, A2, B2: _close(A1 @ B1, A2 @ B2)),
         Mistake("the same A reads the same directions, but B decides what is written: compare B A",
@@ -177,7 +184,7 @@ def relative_error(answer) -> Verdict:
 
 
 def same_update(answer) -> Verdict:
-    return grade(answer, _same_update, _adapters, MISTAKES["same_update"], rounds=20,
+    return grade(answer, _same_update, _adapters, MISTAKES["same_update"], rounds=40,
                  why="A and B are only two of many ways to write an update; what the layer feels is B A")
 
 
