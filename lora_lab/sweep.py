@@ -82,11 +82,15 @@ def _read(file: Path) -> dict | None:
 
 def _code(thing, users=()) -> str:
     """The source of a function or class, and of what it uses from its own notebook or module."""
-    if inspect.isclass(thing):  # method by method, since Python finds no source for a class of a notebook
-        parts = [getattr(part, "fget", inspect.unwrap(part)) for part in (*vars(thing).values(), *thing.__bases__)]
-        return "".join(_code(part, (thing, *users)) for part in parts
-                       if getattr(part, "__module__", None) == thing.__module__ and (inspect.isclass(part) or (
-                           inspect.isfunction(part) and part.__code__.co_filename != "<string>")))
+    text = ""
+    if inspect.isclass(thing):  # part by part, since Python finds no source for a class of a notebook
+        for name, part in (*vars(thing).items(), *((base.__name__, base) for base in thing.__bases__)):
+            part = getattr(part, "fget", inspect.unwrap(part))
+            if inspect.isclass(part) or (inspect.isfunction(part) and part.__code__.co_filename != "<string>"):
+                text += _code(part, (thing, *users)) if part.__module__ == thing.__module__ else ""
+            elif not name.startswith("__") and not hasattr(part, "__get__"):
+                text += _value(thing, name, part)
+        return text
     try:
         text = textwrap.dedent(inspect.getsource(thing))
     except (OSError, TypeError):
@@ -101,12 +105,17 @@ def _code(thing, users=()) -> str:
             if value.__module__ == thing.__module__ and value not in (thing, *users):
                 text += _code(value, (thing, *users))
         elif not inspect.ismodule(value) and not inspect.isroutine(value):
-            try:
-                text += f"{name} = {json.dumps(value)}"
-            except TypeError:
-                raise TypeError(f"{thing.__name__} uses {name}, a {type(value).__name__} from outside. Whether that "
-                                "changed since a result was kept cannot be seen: make it inside.") from None
+            text += _value(thing, name, value)
     return text
+
+
+def _value(thing, name: str, value) -> str:
+    """A constant that a function takes from outside, or that a class holds."""
+    try:
+        return f"{name} = {json.dumps(value)}"
+    except TypeError:
+        raise TypeError(f"{thing.__name__} uses {name}, a {type(value).__name__} from outside. Whether that changed "
+                        "since a result was kept cannot be seen: make it inside the function.") from None
 
 
 @functools.cache

@@ -172,6 +172,19 @@ def test_a_changed_property_or_base_class_starts_anew():
     assert seen == [[3], [7], [8]]
 
 
+def test_a_changed_class_attribute_starts_anew():
+    text = "class Own:\n    size = 2\n\ndef run(x):\n    return Own().size\n"
+    seen = [sweep(defined(source)[0], [{"x": 1}], label="x", workers=1)
+            for source in (text, text.replace("2", "7"), text)]
+    assert seen == [[2], [7], [2]]
+
+
+def test_a_class_that_holds_data_is_refused():
+    run, _ = defined("import torch\n\nclass Own:\n    data = torch.zeros(2)\n\ndef run(x):\n    return Own().data\n")
+    with pytest.raises(TypeError, match="Own uses data, a Tensor from outside"):
+        sweep(run, [{"x": 1}], label="x", workers=1)
+
+
 def test_attributes_and_locals_that_share_a_name_with_the_notebook_do_not_matter():
     text = "def run(x):\n    loss = [part for part in [x]]\n    return sorted(loss.copy(), key=lambda y: -y)\n"
     run, _ = defined(text, copy=torch.zeros(1), loss=torch.zeros(1), part=torch.zeros(1), y=torch.zeros(1))

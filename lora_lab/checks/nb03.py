@@ -126,7 +126,7 @@ def growth(answer) -> Verdict:
 def conclusion(answer) -> Verdict:
     letter, *numbers = re.findall("[ABC123]", str(answer).upper()) or [""]  # "b3", "B 3" and ["B", 2, 3] say it as well
     if letter in ("A", "B", "C") and numbers and set(numbers) <= {"1", "2", "3"}:
-        answer = letter, next((int(k) for k in numbers if letter == "B" and k == "1"), int(numbers[0]))
+        answer = letter, int(min(numbers))
     also_right = answer == ("B", 3)
     return grade_value(("B", 2) if also_right else answer, ("B", 2), MISTAKES["conclusion"],
                        "error in the norm and error in the task are two things; only the second one is paid for.",
