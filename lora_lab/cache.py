@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,12 +33,9 @@ def key(*settings) -> str:
 @contextmanager
 def written_whole(path: Path):
     """`with written_whole(path) as tmp:` write `tmp`; `path` then appears complete or, after an error, not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    tmp = Path(name)
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield tmp
-        os.chmod(tmp, 0o644)  # mkstemp makes it private, which a shared folder is not
-        os.replace(tmp, path)
+        tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)

@@ -50,8 +50,7 @@ class LoRALinear(nn.Linear):
         if type(base) is not nn.Linear:
             raise TypeError(f"LoRALinear adapts an nn.Linear, not a {type(base).__name__}")
         _check(base, r, alpha, dropout, init)
-        nn.Module.__init__(self)  # not nn.Linear's, which would draw new weights
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__(base.in_features, base.out_features, device="meta")  # meta: no memory, no random numbers
         self.weight, self.bias = base.weight.requires_grad_(False), base.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -143,14 +142,17 @@ def merge(model: nn.Module) -> nn.Module:
         weight = (layer.weight + layer.delta_weight()).detach().to(layer.weight.dtype)  # (out, in)
         if not torch.isfinite(weight).all():
             raise ValueError(f"the merged weight of layer {path!r} holds NaN or Inf: not merged. Did training diverge?")
-        _become(layer, _plain(layer, nn.Parameter(weight, requires_grad=False)))
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    remove(merged)
     return merged
 
 
 def remove(model: nn.Module) -> None:
     """Take the adapter off, in place: the layers are the base's nn.Linear again, bit for bit (and still frozen)."""
     for layer in _lora_layers(model).values():
-        _become(layer, _plain(layer, layer.weight))
+        plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        _become(layer, plain.train(layer.training))
 
 
 def save_adapter(model: nn.Module, directory) -> None:
@@ -281,12 +283,6 @@ def _start(weight: Tensor, r: int, init, scaling: float) -> tuple[Tensor, Tensor
     else:
         A = torch.empty(r, in_features, **like).uniform_(-1, 1) / math.sqrt(in_features)
     return A, torch.zeros(out_features, r, **like)
-
-
-def _plain(layer: LoRALinear, weight: nn.Parameter) -> nn.Linear:
-    plain = nn.Linear(layer.in_features, layer.out_features, device="meta")  # meta: no memory, no random numbers
-    plain.weight, plain.bias = weight, layer.bias
-    return plain.train(layer.training)
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:

@@ -58,9 +58,8 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
                     watched[step] = watch(model)
                 model.train()
             if step % per_epoch == 0:
-                shuffled = torch.randperm(len(x), generator=order)  # (n,)
-            start = step % per_epoch * batch_size
-            batch = shuffled[start:start + batch_size]  # (b,)
+                batches = torch.randperm(len(x), generator=order).split(batch_size)
+            batch = batches[step % per_epoch]  # (b,)
             loss = F.cross_entropy(model(x[batch]), y[batch])
             optimizer.zero_grad()
             loss.backward()
