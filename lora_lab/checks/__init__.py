@@ -65,8 +65,8 @@ def same(a, b, tol: float = 1e-4) -> bool:
         a, b = _array(a), _array(b)
     except (TypeError, ValueError):
         return False
-    size = max(1.0, float(np.abs(b).max(initial=0)))
-    return a.shape == b.shape and bool(np.allclose(a, b, rtol=tol, atol=tol * size))
+    size = max(1.0, float(np.nanmax(np.abs(b), initial=0)))
+    return a.shape == b.shape and bool(np.allclose(a, b, rtol=tol, atol=tol * size, equal_nan=True))
 
 
 def grade(answer: Callable, truth: Callable, draw: Callable[[torch.Generator], Sequence], mistakes: Sequence[Mistake],

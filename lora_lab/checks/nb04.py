@@ -34,13 +34,15 @@ MISTAKES = {
         Mistake("that is the number of right answers; divide by the number of examples",
                 lambda a, n, b, m: a * n + b * m),
     ],
-    "confusion_matrix": [
-        Mistake("rows and columns are swapped: the row is the true digit",
-                lambda t, a: torch.bincount(10 * a + t, minlength=100).reshape(10, 10)),
-        Mistake("those are shares; counts are wanted",
-                lambda t, a: (c := torch.bincount(10 * t + a, minlength=100).reshape(10, 10)) / c.sum(1, keepdim=True)),
-        Mistake("that sets a cell to 1 where it should add 1: each example counts",
-                lambda t, a: (torch.bincount(10 * t + a, minlength=100).reshape(10, 10) > 0).long()),
+    "reliability": [
+        Mistake("that is the share of each true class that is recognised: its row; the answers j stand in column j",
+                lambda c: c.diag() / c.sum(1).clamp(min=1)),
+        Mistake("right, but nan where a class is never answered: 0 / 0; 0 is wanted there",
+                lambda c: c.diag() / c.sum(0)),
+        Mistake("that divides by all examples; of the answers j is wanted, so divide by the sum of column j",
+                lambda c: c.diag() / c.sum()),
+        Mistake("those are shares of each column for every true class, (k, k); the right answers are the diagonal",
+                lambda c: c / c.sum(0).clamp(min=1)),
     ],
     "logit_gradient": [
         Mistake("n times too large: F.cross_entropy is the mean over the n examples",
@@ -99,10 +101,15 @@ def overall(answer) -> Verdict:
                  "one number over all digits can hide that two of them fail completely.")
 
 
-def confusion_matrix(answer) -> Verdict:
-    return grade(answer, lambda t, a: torch.bincount(10 * t + a, minlength=100).reshape(10, 10),
-                 lambda g: (_integers(g, 0, 10, 300), _integers(g, 0, 10, 300)), MISTAKES["confusion_matrix"],
-                 "an accuracy says how often a model is wrong; this says how.")
+def reliability(answer) -> Verdict:
+    def draw(g):
+        k = _integers(g, 4, 9, 1).item()
+        counts = _integers(g, 0, 50, k, k) + 100 * torch.eye(k, dtype=torch.long)
+        counts[:, _integers(g, 0, k, 1).item()] = 0  # a class that is never answered
+        return counts,
+
+    return grade(answer, lambda c: c.diag() / c.sum(0).clamp(min=1), draw, MISTAKES["reliability"],
+                 "who uses a model sees its answers, not the truth: a row can be near 100 % and the column poor.")
 
 
 def logit_gradient(answer) -> Verdict:
