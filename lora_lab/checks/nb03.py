@@ -5,7 +5,7 @@ import re
 import torch
 
 from lora_lab.checks import Mistake, Verdict, grade, grade_value
-from lora_lab.linalg import energy, truncate
+from lora_lab.linalg import energy
 
 
 def _size(g: torch.Generator, low: int, high: int) -> int:
@@ -27,8 +27,24 @@ def _escaped(W, Q):
     return ((W - Q @ (Q.T @ W)).norm() / W.norm()).item()
 
 
-def _adapted(W_before, W_after, r):
-    return W_before + truncate(W_after - W_before, r)
+def _factors(D, r, to_A=0.5, to_B=0.5):
+    """A and B from the SVD of D; the powers say how much of the singular values each of them takes."""
+    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+    return S[:r, None] ** to_A * Vh[:r], U[:, :r] * S[:r] ** to_B
+
+
+def _told(function):
+    """Shapes and product: many pairs have the same product, and each of them is right."""
+    def judged(W_before, W_after, r):
+        found = function(W_before, W_after, r)
+        if found is ... or found is None:
+            return found
+        if not isinstance(found, (tuple, list)) or len(found) != 2 or not all(map(torch.is_tensor, found)):
+            raise ValueError("expected is a pair of matrices, A (r, in) and B (out, r)")
+        A, B = found
+        shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
+        return shapes, B @ A if B.shape[-1:] == A.shape[:1] else A
+    return judged
 
 
 MISTAKES = {
@@ -79,15 +95,17 @@ MISTAKES = {
         Mistake("If accuracy were too coarse, it would not collapse just where the outstanding directions are cut.",
                 ("C", 2)),
     ],
-    "adapted": [
-        Mistake("You cut the weight after fine-tuning: all of W must then fit into rank r. Cut the difference instead.",
-                lambda W_before, W_after, r: truncate(W_after, r)),
-        Mistake("You return the cut change alone. Add it to W_before.",
-                lambda W_before, W_after, r: truncate(W_after - W_before, r)),
+    "extract": [
+        Mistake("You decompose the weight after fine-tuning. W_before is there already and would count twice: "
+                "decompose the difference.", lambda W_before, W_after, r: _factors(W_after, r)),
         Mistake("The sign is turned round: what was learned is W_after - W_before.",
-                lambda W_before, W_after, r: W_before + truncate(W_before - W_after, r)),
-        Mistake("You added the change to W_after, which contains it already.",
-                lambda W_before, W_after, r: W_after + truncate(W_after - W_before, r)),
+                lambda W_before, W_after, r: _factors(W_before - W_after, r)),
+        Mistake("You return B first; A (r, in) comes first.",
+                lambda W_before, W_after, r: _factors(W_after - W_before, r)[::-1]),
+        Mistake("Both factors carry the singular values, so the product has their squares. Give them to one of the "
+                "two, or the square roots to each.", lambda W_before, W_after, r: _factors(W_after - W_before, r, 1, 1)),
+        Mistake("The singular values are missing: all of the r directions count the same in your product.",
+                lambda W_before, W_after, r: _factors(W_after - W_before, r, 0, 0)),
     ],
 }
 
@@ -133,11 +151,12 @@ def conclusion(answer) -> Verdict:
                        hint='Answer with a pair such as ("A", 1): a letter A, B or C and a number 1, 2 or 3.')
 
 
-def adapted(answer) -> Verdict:
+def extract(answer) -> Verdict:
     def draw(g):
         m, n = _size(g, 6, 12), _size(g, 14, 22)
         W = torch.randn(m, n, generator=g)  # (m, n)
         return W, W + 0.3 * torch.randn(m, n, generator=g), _size(g, 1, 5)
 
-    return grade(answer, _adapted, draw, MISTAKES["adapted"],
-                 "W stays whole and only the news is squeezed: the idea of LoRA in one line.")
+    mistakes = [Mistake(message, _told(function)) for message, function in MISTAKES["extract"]]
+    return grade(_told(answer), _told(lambda before, after, r: _factors(after - before, r)), draw, mistakes,
+                 "W stays whole and only the news is squeezed: the idea of LoRA, here after the fact.")
