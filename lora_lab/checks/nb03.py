@@ -103,7 +103,7 @@ MISTAKES = {
         Mistake("You return B first; A (r, in) comes first.",
                 lambda W_before, W_after, r: _factors(W_after - W_before, r)[::-1]),
         Mistake("Both factors carry the singular values, so the product has their squares. Give them to one of the "
-                "two, or the square roots to each.", lambda W_before, W_after, r: _factors(W_after - W_before, r, 1, 1)),
+                "two, or their roots to each.", lambda W_before, W_after, r: _factors(W_after - W_before, r, 1, 1)),
         Mistake("The singular values are missing: all of the r directions count the same in your product.",
                 lambda W_before, W_after, r: _factors(W_after - W_before, r, 0, 0)),
     ],
