@@ -25,9 +25,14 @@ def folder() -> Path:
                   "Set LORA_LAB_CACHE to a folder that you can write to.")
 
 
+def digest(content: bytes) -> str:
+    """12 hexadecimal digits that change when the content does."""
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
 def key(*settings) -> str:
     """12 hexadecimal digits that change when any setting changes (by its repr)."""
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+    return digest(repr(settings).encode())
 
 
 @contextmanager

@@ -53,12 +53,12 @@ def base_model(seed: int = 0, epochs: float = 3, batch_size: int = 256, lr: floa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MLP()
-    start = f"base-{cache.key(settings, str(model))}-"  # the name of the file goes on with the key of its content
+    start = f"base-{cache.key(settings, str(model))}-"  # the file's name goes on with a digest of its content
     for file in cache.folder().glob(start + "*"):
         content = b""
         with suppress(OSError):  # gone meanwhile, or not ours to read
             content = file.read_bytes()
-        if file.name == f"{start}{cache.key(content)}.safetensors":
+        if file.name == f"{start}{cache.digest(content)}.safetensors":
             model.load_state_dict(load(content))
             with progress(total=1, desc="base model") as bar:
                 bar.note = "base model: from the cache"
@@ -66,6 +66,6 @@ def base_model(seed: int = 0, epochs: float = 3, batch_size: int = 256, lr: floa
             return model.eval()
     fit(model, mnist()[0].only(OLD), label="base model", **settings)
     content = save(model.state_dict())
-    with cache.written_whole(cache.folder() / f"{start}{cache.key(content)}.safetensors") as part:
+    with cache.written_whole(cache.folder() / f"{start}{cache.digest(content)}.safetensors") as part:
         part.write_bytes(content)
     return model.eval()
