@@ -44,3 +44,13 @@ def written_whole(path: Path):
         tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write a file that every process would write alike."""
+    try:
+        with written_whole(path) as part:
+            part.write_bytes(content)
+    except PermissionError:  # Windows, while another process reads the file: then it is there already
+        if not path.exists():
+            raise

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_lab.cache import folder, written_whole
+from lora_lab.cache import folder, keep
 
 OLD = tuple(range(8))  # the digits of the base model
 NEW = (8, 9)  # the digits it is adapted to
@@ -116,8 +116,7 @@ def _fetched(name: str) -> bytes:
     for mirror in MNIST.mirrors:
         with suppress(OSError, HTTPException), urllib.request.urlopen(mirror + name, timeout=20) as response:
             if _original(packed := response.read(), name):
-                with written_whole(kept) as part:
-                    part.write_bytes(packed)
+                keep(kept, packed)
                 return packed
     raise DataError(f"{RAW / name} is missing and could not be downloaded (no network?). It belongs to the course: "
                     "put it back with `git checkout -- data/MNIST/raw`, or run this again while online.")

@@ -66,6 +66,5 @@ def base_model(seed: int = 0, epochs: float = 3, batch_size: int = 256, lr: floa
             return model.eval()
     fit(model, mnist()[0].only(OLD), label="base model", **settings)
     content = save(model.state_dict())
-    with cache.written_whole(cache.folder() / f"{start}{cache.digest(content)}.safetensors") as part:
-        part.write_bytes(content)
+    cache.keep(cache.folder() / f"{start}{cache.digest(content)}.safetensors", content)
     return model.eval()

@@ -15,7 +15,7 @@ import joblib
 import torch
 from IPython.utils.capture import capture_output
 
-from lora_lab.cache import folder, key, written_whole
+from lora_lab.cache import folder, keep, key
 from lora_lab.progress import progress
 
 # On Linux one process loads torch, and every worker is forked from that one and shares the memory: 300 MB for each.
@@ -66,8 +66,7 @@ def _finished(run, setting: dict, file: Path) -> str:
     except Exception as error:
         error.add_note(f"in a run of the sweep: {run.__name__}(**{setting}). A run returns only what JSON can hold.")
         raise
-    with written_whole(file) as part:
-        part.write_text(text, encoding="utf-8")
+    keep(file, text.encode())
     return text
 
 

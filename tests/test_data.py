@@ -390,3 +390,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with cache.written_whole(path) as part:
         part.write_text("after")
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_result_that_another_process_reads_at_the_moment_is_kept_already(tmp_path, monkeypatch):
+    """Windows refuses to replace a file that is open; os.replace does so here."""
+    def refuse(source, target):
+        raise PermissionError(f"{target} is used by another process")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    (tmp_path / "result").write_bytes(b"same")
+    cache.keep(tmp_path / "result", b"same")
+    with pytest.raises(PermissionError):
+        cache.keep(tmp_path / "other", b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["result"]
