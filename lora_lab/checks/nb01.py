@@ -21,6 +21,16 @@ def _each_multiple(rows, row):
     return any(_rank([other, row]) == _rank([other]) for other in rows)
 
 
+def _above(W, share):
+    """The notebook's above: how many singular values exceed this share of the longest."""
+    S = torch.linalg.svdvals(W)
+    return int((S > share * S[0]).sum())
+
+
+def _scaled(W):
+    return W / W.norm(dim=0)
+
+
 MISTAKES = {
     "addition_table": [
         Mistake("12 is the number of rows. True, no row is a multiple of another; but mixtures count as well. "
@@ -61,13 +71,15 @@ MISTAKES = {
         Mistake("784 would mean that the layer sees nothing at all. Take off the directions that it does see.", 784),
         Mistake("rank and nullity add up to 784; you have added where you should subtract.", 794),
     ],
-    "matrix_of_rank": [
-        Mistake("the rank is min(m, n) whatever r is: random numbers in every place never repeat each other. Send the "
-                "input through r numbers first: a product of two factors.", lambda m, n, r: torch.randn(m, n)),
-        Mistake("the shape is (n, m), it should be (m, n): the tall factor (m, r) stands on the left.",
-                lambda m, n, r: torch.randn(n, r) @ torch.randn(r, m)),
-        Mistake("the rank is 1 whatever r is: one column times one row. Use r columns and r rows.",
-                lambda m, n, r: torch.randn(m, 1) @ torch.randn(1, n)),
+    "blind_in": [
+        Mistake("your matrix has the rank k. Asked is the nullity: k directions shall vanish, and rank + nullity = n.",
+                lambda m, n, k: torch.randn(m, k) @ torch.randn(k, n)),
+        Mistake("your matrix has the rank m - k. What vanishes are directions of the input, and there are n of those, "
+                "one for each column.", lambda m, n, k: torch.randn(m, m - k) @ torch.randn(m - k, n)),
+        Mistake("the rank is min(m, n) whatever k is: random numbers in every place never repeat each other. Send the "
+                "input through fewer numbers first: a product of two factors.", lambda m, n, k: torch.randn(m, n)),
+        Mistake("the shape is (n, m), it should be (m, n): the factor with m rows stands on the left.",
+                lambda m, n, k: torch.randn(n, n - k) @ torch.randn(n - k, m)),
     ],
     "merged_rank": [
         Mistake("a) 4 is the rank of the update B A alone. W keeps its own 256 directions, and adding 4 new ones "
@@ -87,15 +99,20 @@ MISTAKES = {
                 "n.",
                 lambda m, n: (m * n - 1) // (2 * n)),
     ],
-    "relative_rank": [
-        Mistake("tol is still absolute: measure the same thing in millimetres and the answer changes. Compare with tol "
-                "times the largest singular value.", lambda W, tol: int((torch.linalg.svdvals(W) > tol).sum())),
-        Mistake("you count every singular value: with noise none is zero, so that is always min(m, n). Where is tol, "
-                "times the largest?", lambda W, tol: int((torch.linalg.svdvals(W) > 0).sum())),
-        Mistake("you count the small singular values. The rank is the number of the large ones.",
-                lambda W, tol: int((torch.linalg.svdvals(W) <= tol * torch.linalg.svdvals(W)[0]).sum())),
-        Mistake("you compare with a norm of W, in which all singular values are added up. The bar is tol times the "
-                "largest alone.", lambda W, tol: int((torch.linalg.svdvals(W) > tol * W.norm()).sum())),
+    "rank_in_any_units": [
+        Mistake("the count still depends on the units: the columns with the largest numbers decide what is long. "
+                "(Dividing all of W by one number changes nothing.) Give every column the same length first.",
+                lambda W, share: _above(W, share)),
+        Mistake("you give the rows the same length, but the units belong to the columns: one number for each column.",
+                lambda W, share: _above(W / W.norm(dim=1, keepdim=True), share)),
+        Mistake("the columns have the length 1 now, but the longest singular value is not 1: compare with share times "
+                "the longest.", lambda W, share: int((torch.linalg.svdvals(W / W.norm(dim=0)) > share).sum())),
+        Mistake("you multiply by the lengths, so a long column gets longer still: divide.",
+                lambda W, share: _above(W * W.norm(dim=0), share)),
+        Mistake("you also subtract the mean of each column. That can take away a direction, the one that all rows "
+                "share. A unit only multiplies.", lambda W, share: _above(_scaled(W - W.mean(0)), share)),
+        Mistake("you count every singular value: with noise none is zero, so that is always min(m, n). Where is share, "
+                "times the longest?", lambda W, share: int((torch.linalg.svdvals(W) > 0).sum())),
     ],
     "rank_of_step": [
         Mistake("16 is what the batch would allow. But this matrix has only 10 rows.", 16),
@@ -166,15 +183,15 @@ def invisible_directions(answer) -> Verdict:
                        hint="rank + nullity = the number of columns, here 784.")
 
 
-def matrix_of_rank(answer) -> Verdict:
-    full, transposed, always_one = (m.message for m in MISTAKES["matrix_of_rank"])
-    cases = [(6, 9, 2), (8, 5, 3), (4, 11, 3), (13, 7, 5)]
+def blind_in(answer) -> Verdict:
+    of_rank_k, rows_minus_k, full, transposed = (m.message for m in MISTAKES["blind_in"])
+    cases = [(6, 9, 4), (8, 5, 2), (7, 11, 5), (13, 7, 2)]
     ranks = []
-    for m, n, r in cases:
+    for m, n, k in cases:
         try:
-            W = answer(m, n, r)
+            W = answer(m, n, k)
         except Exception as error:  # the reader's own
-            return not_yet(f"your function raised {type(error).__name__}: {error}  (called with {m}, {n}, {r})")
+            return not_yet(f"your function raised {type(error).__name__}: {error}  (called with {m}, {n}, {k})")
         if blank(W):
             return NOT_ATTEMPTED
         try:
@@ -185,18 +202,18 @@ def matrix_of_rank(answer) -> Verdict:
         if tuple(W.shape) == (n, m):
             return not_yet(transposed)
         if tuple(W.shape) != (m, n):
-            return not_yet(f"shape {(m, n)} was expected, yours is {tuple(W.shape)}  (called with {m}, {n}, {r})")
+            return not_yet(f"shape {(m, n)} was expected, yours is {tuple(W.shape)}  (called with {m}, {n}, {k})")
         ranks.append(numerical_rank(W))
-    if ranks == [r for _, _, r in cases]:
-        return right("the middle number r is a bottleneck: nothing that passes it has more than r directions. With the "
-                     "names B and A for your two factors this is LoRA's update.")
-    if ranks == [min(m, n) for m, n, _ in cases]:
-        return not_yet(full)
-    if set(ranks) == {1}:
-        return not_yet(always_one)
-    m, n, r = cases[k := next(k for k, (_, _, r) in enumerate(cases) if ranks[k] != r)]
-    return not_yet(f"the shape {(m, n)} is right, but the rank is {ranks[k]} instead of {r}  "
-                   f"(called with {m}, {n}, {r})")
+    if ranks == [n - k for _, n, k in cases]:
+        return right("the width n - k in the middle lets n - k directions pass and no more. With the names B and A for "
+                     "the two factors this is LoRA's update: with a small r it is blind in nearly all directions.")
+    known = {of_rank_k: [k for _, _, k in cases], rows_minus_k: [min(m - k, n) for m, n, k in cases],
+             full: [min(m, n) for m, n, _ in cases]}
+    if found := next((message for message, typical in known.items() if ranks == typical), None):
+        return not_yet(found)
+    m, n, k = cases[i := next(i for i, (_, n, k) in enumerate(cases) if ranks[i] != n - k)]
+    return not_yet(f"the shape {(m, n)} is right, but the rank is {ranks[i]}, so the nullity is {n - ranks[i]} instead "
+                   f"of {k}  (called with {m}, {n}, {k})")
 
 
 def merged_rank(answer) -> Verdict:
@@ -216,22 +233,34 @@ def largest_cheap_rank(answer) -> Verdict:
                  rounds=16)
 
 
-def _noisy(generator):
-    """A (6, 9) matrix in small, middle or large units with two singular values close to the bar; and tol."""
-    def turn(k, n):
-        return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q
+def _in_units(generator):
+    """A (m, n) matrix of low rank with a little noise, each column in a unit of its own; and the share.
 
-    unit, pick, large = (int(torch.randint(k, (1,), generator=generator)) for k in (3, 2, 3))
-    tol = (1e-2, 1e-3)[pick]
-    S = torch.tensor([1, 0.95, 0.9][:1 + large] + [1.3 * tol, 0.7 * tol] + [1e-3 * tol] * (3 - large)).double()
-    return (1e-5, 1.0, 1e6)[unit] * turn(6, 6) * S @ turn(6, 9).T, tol
+    Once the columns have a common length, the count is the same by whatever norm. In a third of the cases they point
+    nearly the same way, so that the longest singular value is not near 1; in a third a row is tiny."""
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def whole(low, high):
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    m, n = (torch.randperm(5, generator=generator)[:2] + 5).tolist()
+    share, r, kind = (1e-2, 1e-3)[whole(0, 2)], whole(2, 4), whole(0, 3)
+    U = torch.linalg.qr(torch.cat([torch.ones(m, 1).double(), normal(m, r - 1)], 1)).Q  # (m, r), the first one constant
+    V = normal(r, n)
+    if kind == 1:  # nearly the same way
+        U, V = U[:, :2], torch.stack([torch.ones(n), 0.6 * share * (-1.0) ** torch.arange(n)]).double()  # (2, n)
+    W = U @ V + 1e-7 * normal(m, n)
+    if kind == 2:  # a row that is far too short to count
+        W[-1] *= 1e-5 * normal(n)
+    W[:, whole(0, n)] *= 10.0 ** (5 * whole(-1, 2))  # one column in a very small unit, a very large one, or as before
+    return W * 10.0 ** torch.randint(-1, 2, (n,), generator=generator), share
 
 
-def relative_rank(answer) -> Verdict:
-    return grade(answer, lambda W, tol: int((torch.linalg.svdvals(W) > tol * torch.linalg.svdvals(W)[0]).sum()), _noisy,
-                 MISTAKES["relative_rank"],
-                 "rank is about directions, not about units: only the ratio to the largest singular value can decide.",
-                 rounds=10)
+def rank_in_any_units(answer) -> Verdict:
+    return grade(answer, lambda W, share: _above(_scaled(W), share), _in_units, MISTAKES["rank_in_any_units"],
+                 "a rank is about directions, not about units. Singular values do depend on units, so settle those "
+                 "before you compare lengths.", rounds=20)
 
 
 def rank_of_step(answer) -> Verdict:
