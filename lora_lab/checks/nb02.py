@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lora_lab import linalg
-from lora_lab.checks import Mistake, blank, grade, grade_value
+from lora_lab.checks import Mistake, blank, grade, grade_value, not_yet
 
 
 def _thin(W: Tensor):
@@ -30,25 +31,18 @@ def singular_values(answer):
                        hint="Which unit vector gives the longest output, and how long is it?", tol=1e-3)
 
 
-# 2 · one line of deflation
+# 2 · deflate the arrow instead of the table
 
-def _deflate(W, u, s, v):
-    return W - s * torch.outer(u, v)
-
-
-def _draw_deflate(generator):
-    m, n = _sizes(generator)
-    if torch.rand(1, generator=generator) < 0.3:  # now and then a square one, where u @ v raises no error
-        n = m
-    W = _randn(generator, m, n)
-    U, S, Vh = _thin(W)
-    return W, U[:, 0], S[0], Vh[0]
+def _draw_arrow(generator):
+    n, _ = _sizes(generator)
+    v1 = _randn(generator, n)
+    return 3 * _randn(generator, n), v1 / v1.norm()
 
 
-def deflate(answer):
-    return grade(answer, _deflate, _draw_deflate, MISTAKES["deflate"],
-                 "what is left has the same singular triples without the first, so the next run of the power iteration "
-                 "must find the second.", rounds=10)
+def without(answer):
+    return grade(answer, lambda x, v1: x - (x @ v1) * v1, _draw_arrow, MISTAKES["without"],
+                 "W sends what is left to (W - s u1 v1^T) x: correcting the arrow is the same as deflating the table, "
+                 "and the table stays as it was.")
 
 
 # 3 · the tutorial's code, ported to torch.linalg.svd without care
@@ -103,22 +97,25 @@ def errors(answer):
                        hint="What is left after rank 1 has the singular values 3 and 2.", tol=3e-3)
 
 
-# 6 · the smallest rank for a given relative error
+# 6 · the smallest error for a given number of numbers
 
-def _smallest_rank(S, error, power=2, share=lambda error: error ** 2, shift=0):
-    tail = S.pow(power).flip(0).cumsum(0).flip(0) / S.pow(power).sum()  # (k,): share lost when 0, 1, ... are kept
-    return int((tail > share(error)).sum()) + shift
-
-
-def _draw_spectrum(generator):
-    k = int(torch.randint(6, 15, (1,), generator=generator))
-    S = torch.rand(k, generator=generator, dtype=torch.float64).sort(descending=True).values
-    return S, float(0.1 + 0.5 * torch.rand(1, generator=generator))
+def _best_error(S, m, n, budget, cost=lambda m, n: m + n, more=0, size=Tensor.norm):
+    r = budget // cost(m, n) + more
+    return size(S[r:]) / size(S)
 
 
-def smallest_rank(answer):
-    return grade(answer, _smallest_rank, _draw_spectrum, MISTAKES["smallest_rank"],
-                 "S alone tells the rank that an error budget needs: no trial and error, no round numbers.", rounds=20)
+def _draw_budget(generator):
+    """A spectrum, and a budget for 1 to k - 2 ranks: exactly, or with up to m + n - 1 numbers to spare."""
+    m, n = _sizes(generator, 5, 14)
+    S = torch.rand(min(m, n), generator=generator, dtype=torch.float64).add(0.05).sort(descending=True).values
+    r, spare = (int(torch.randint(high, (1,), generator=generator)) for high in (min(m, n) - 2, m + n))
+    return S, m, n, (r + 1) * (m + n) + spare * (r % 2)
+
+
+def best_error(answer):
+    return grade(answer, _best_error, _draw_budget, MISTAKES["best_error"],
+                 "the shape gives the rank that you can pay for, S the error that it leaves: both are known before "
+                 "anything is trained or cut.", rounds=20)
 
 
 # 7 · which pairs have the same product?
@@ -178,12 +175,38 @@ def _invariants(function):
     return judged
 
 
+class _Watch(TorchFunctionMode):
+    """Notes the shape of every matrix that torch makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = result if isinstance(result, (tuple, list)) else [result]
+        self.shapes |= {tuple(M.shape) for M in made if isinstance(M, Tensor)}
+        return result
+
+
+def _forms_the_product(function) -> bool:
+    """Whether a matrix of the shape of B @ A, or its transpose, is made on the way."""
+    A, B = _draw_pair(torch.Generator().manual_seed(0))
+    with _Watch() as watch:
+        function(A, B)
+    m, n = len(B), A.shape[1]
+    return bool(watch.shapes & {(m, n), (n, m)})
+
+
 def balance(answer):
-    mistakes = [Mistake(m.message, _invariants(m.answer)) for m in MISTAKES["balance"]]
+    large, *others = MISTAKES["balance"]
+    mistakes = [Mistake(m.message, _invariants(m.answer)) for m in others]
     verdict = grade(_invariants(answer), _invariants(_balanced), _draw_pair, mistakes,
                     "of all splits this one has the smallest sum of squares: weight decay pulls B and A towards it.")
     if verdict.outcome == "not yet" and verdict.message not in [m.message for m in mistakes]:
         verdict.message = "I compare B2 @ A2, A2 @ A2.T and B2.T @ B2 with what they should be: " + verdict.message
+    if verdict.outcome == "right" and _forms_the_product(answer):
+        return not_yet(large.message)
     return verdict
 
 
@@ -197,15 +220,18 @@ MISTAKES = {
                 "third output direction for it.", [3, 2, 0]),
         Mistake("these are their squares, the eigenvalues of W W^T: take the square root.", [9, 4]),
     ],
-    "deflate": [
-        Mistake("torch.outer(v, u) has the shape (in, out): the output direction u comes first.",
-                lambda W, u, s, v: W - s * torch.outer(v, u)),
-        Mistake("u and v have length 1, so their outer product is a pattern without its strength: multiply by s.",
-                lambda W, u, s, v: W - torch.outer(u, v)),
-        Mistake("u @ v is one number (or an error, if the lengths differ); the pattern to subtract is a matrix, an "
-                "outer product.", lambda W, u, s, v: W - s * (u @ v)),
-        Mistake("this is the pattern to be subtracted, not what is left of W.",
-                lambda W, u, s, v: s * torch.outer(u, v)),
+    "without": [
+        Mistake("you take away all of v1, however much of it is in x: the part along v1 is (x @ v1) times v1.",
+                lambda x, v1: x - v1),
+        Mistake("x @ v1 is one number, and you take it from every entry. It is a length; give it the direction v1.",
+                lambda x, v1: x - x @ v1),
+        Mistake("this is the part along v1 itself, not what is left of x without it.", lambda x, v1: (x @ v1) * v1),
+        Mistake("x * v1 multiplies entry by entry; the length of the part along v1 is the sum of these products, "
+                "x @ v1.",
+                lambda x, v1: x - x * v1),
+        Mistake("you add the part along v1 once more instead of taking it away.", lambda x, v1: x + (x @ v1) * v1),
+        Mistake("perpendicular to v1, but you also brought it to length 1: the question is only what is left of x.",
+                lambda x, v1: torch.nn.functional.normalize(x - (x @ v1) * v1, dim=0)),
     ],
     "low_rank": [
         Mistake("this is still the bug: you take columns of Vh, turned round. The third result of torch.linalg.svd is "
@@ -235,15 +261,29 @@ MISTAKES = {
         Mistake("these are the norms of what you keep; the error is what you drop.", (6, 6)),
         Mistake("that is the other way round: Frobenius first.", (3, 13 ** 0.5)),
     ],
-    "smallest_rank": [
-        Mistake("an error of 10 % leaves 1 % of the energy, not 10 %: square the error before you compare it with "
-                "shares of S ** 2.", lambda S, error: _smallest_rank(S, error, share=lambda e: e)),
-        Mistake("you add singular values; the Frobenius norm adds their squares.",
-                lambda S, error: _smallest_rank(S, error, power=1, share=lambda e: e)),
-        Mistake("one too few: an index starts at 0, a rank counts what is kept.",
-                lambda S, error: _smallest_rank(S, error, shift=-1)),
-        Mistake("one too many: a smaller rank already has an error of at most `error`.",
-                lambda S, error: _smallest_rank(S, error, shift=1)),
+    "best_error": [
+        Mistake("one rank costs a column of B, m numbers, and a row of A, n numbers: together m + n, not m n.",
+                lambda S, m, n, budget: _best_error(S, m, n, budget, cost=lambda m, n: m * n)),
+        Mistake("you pay for B only. A, with n numbers for each rank, has to fit into the budget too.",
+                lambda S, m, n, budget: _best_error(S, m, n, budget, cost=lambda m, n: m)),
+        Mistake("you pay for A only. B, with m numbers for each rank, has to fit into the budget too.",
+                lambda S, m, n, budget: _best_error(S, m, n, budget, cost=lambda m, n: n)),
+        Mistake("one rank too many: S[r:] begins after the first r, since an index starts at 0.",
+                lambda S, m, n, budget: _best_error(S, m, n, budget, more=1)),
+        Mistake("one rank too few: S[r:] already leaves out the first r, since an index starts at 0.",
+                lambda S, m, n, budget: _best_error(S, m, n, budget, more=-1)),
+        Mistake("you round the rank up, but a part of a column and a row is not in the budget.",
+                lambda S, m, n, budget: _best_error(S, m, n, budget + m + n - 1)),
+        Mistake("this is the share of the energy that is lost, a square: an error of 10 % is only 1 % of the energy. "
+                "Take the root.", lambda S, m, n, budget: _best_error(S, m, n, budget) ** 2),
+        Mistake("you add singular values; the Frobenius norm adds their squares and takes the root.",
+                lambda S, m, n, budget: _best_error(S, m, n, budget, size=Tensor.sum)),
+        Mistake("this is the error in the spectral norm, the first value of the tail. In the Frobenius norm all of the "
+                "tail counts.", lambda S, m, n, budget: _best_error(S, m, n, budget, size=Tensor.max)),
+        Mistake("this is the error itself. Relative means: divided by the length of all of S.",
+                lambda S, m, n, budget: _best_error(S, m, n, budget) * S.norm()),
+        Mistake("this measures what you keep; the error is what you drop.",
+                lambda S, m, n, budget: S[:budget // (m + n)].norm() / S.norm()),
     ],
     "same_product": [
         Mistake("(a) too: 2 and 1/2 cancel. It is (b) with G = 2 I.", "bd"),
@@ -254,6 +294,8 @@ MISTAKES = {
         Mistake("right, but (a) and (d) are special cases of it: G = 2 I and G = Q.", "b"),
     ],
     "balance": [
+        Mistake("right and balanced, but you make an (m, n) matrix on the way. Take Q and R of B and of A.T, and the "
+                "SVD of the small matrix in the middle.", _balanced),
         Mistake("the product is right, but B2 carries all of S and A2 none: give sqrt(S) to each.",
                 _weighted(lambda S: (torch.ones_like(S), S))),
         Mistake("the product is right, but A2 carries all of S and B2 none: give sqrt(S) to each.",
