@@ -286,7 +286,7 @@ def test_every_claim_has_its_record(nb, record_property):
     total = 0
     for cell in code(nb):
         calls, statements = claim_calls(cell.source)
-        records = [o.metadata.lora_lab_claim for o in cell.outputs if "lora_lab_claim" in o.get("metadata", {})]
+        records = [record for output in cell.outputs for record in notebooks.records(output)]
         assert len(records) >= len(calls) and set(statements) <= {r["statement"] for r in records}, cell.id
         total += len(records)
     assert total or nb.path.stem == "00_start_here"

@@ -117,6 +117,12 @@ def clean(nb) -> None:
                     output.execution_count = count
 
 
+def records(output) -> list[dict]:
+    """The claims that one output shows: none, one, or a list of open ones."""
+    found = output.get("metadata", {}).get("lora_lab_claim", [])
+    return [found] if isinstance(found, dict) else found
+
+
 def claims(path: Path) -> list[dict]:
     """The claims that a notebook's stored outputs show, each with the heading that it stands under."""
     found, heading = [], ""
@@ -126,8 +132,7 @@ def claims(path: Path) -> list[dict]:
             heading = headings[-1] if headings else heading
             continue
         for output in cell.get("outputs", []):
-            if record := output.get("metadata", {}).get("lora_lab_claim"):
-                found.append({**record, "heading": heading})
+            found += [{**record, "heading": heading} for record in records(output)]
     return found
 
 
