@@ -79,6 +79,8 @@ def test_only_the_number_behind_the_sign_is_cut_before_comparing():
     assert one != other and sanitised(one) == sanitised(other)
     assert sanitised("≈ 97.3 % of 10,000") != sanitised("≈ 97.3 % of 20,000")
     assert sanitised("97.3 %") != sanitised("96.8 %")
+    assert sanitised("by ≈ −0.2 to 0.6 points") == sanitised("by ≈ 0.1 to 0.7 points") == "by ≈ points"
+    assert sanitised("≈ 5 of 7, 2 to 3") != sanitised("≈ 5 of 7, 2 to 4")
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
