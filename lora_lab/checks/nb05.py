@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_lab.checks import NOT_ATTEMPTED, Mistake, Verdict, blank, grade, grade_value, not_yet, right
+from lora_lab.checks import Mistake, Verdict, blank, grade, grade_value
 
 
 def _normal(generator, *shape):
@@ -13,6 +13,22 @@ def _sizes(generator, low=5, high=14):
     """n, out, in, r: all different, r the smallest."""
     n_out, n_in, n = (torch.randperm(high - low, generator=generator)[:3] + low).tolist()
     return n, n_out, n_in, torch.randint(1, low, (), generator=generator).item()
+
+
+def _side_by_side(A1, B1, A2, B2):
+    return torch.cat([A1, A2]), torch.cat([B1, B2], dim=1)
+
+
+def _top(W, r, s, power=1, last=False):
+    """The frozen part, A and B of a start from W's r strongest (or last) directions, S to `power` in the product."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    kept = slice(-r, None) if last else slice(r)
+    A, B = Vh[kept], U[:, kept] * S[kept] ** power / s
+    return W - s * B @ A, A, B
+
+
+def _less(W, factor, A, B):
+    return W - factor * B @ A, A, B
 
 
 def _without_gradient(x, W, A, B, s):
@@ -40,44 +56,63 @@ MISTAKES = {
                 lambda m, n: min(m, n)),
         Mistake("a whole number is wanted: ranks are counted", lambda m, n: m * n / (m + n)),
     ],
-    "lora_forward": [
-        Mistake("the update is not divided by r: the scale is alpha / r",
-                lambda x, W, b, A, B, alpha: x @ W.T + b + alpha * (x @ A.T) @ B.T),
-        Mistake("alpha is missing: the scale is alpha / r",
-                lambda x, W, b, A, B, alpha: x @ W.T + b + (x @ A.T) @ B.T / len(A)),
-        Mistake("the bias is missing", lambda x, W, b, A, B, alpha: x @ W.T + alpha / len(A) * (x @ A.T) @ B.T),
-        Mistake("the frozen part W x is missing: LoRA adds to it, it does not replace it",
-                lambda x, W, b, A, B, alpha: b + alpha / len(A) * (x @ A.T) @ B.T),
-        Mistake("A and B are swapped: x goes through A (r, in) first; for a square layer with r = in this would run",
-                lambda x, W, b, A, B, alpha: x @ W.T + b + alpha / len(A) * (x @ B.T) @ A.T),
+    "joined": [
+        Mistake("A's and B's are added, and (B1 + B2)(A1 + A2) contains B1 A2 and B2 A1 as well. (With different ranks "
+                "it does not even run.) Put the matrices side by side", lambda A1, B1, a1, A2, B2, a2:
+                (A1 + A2, a1 / len(A1) * B1 + a2 / len(A2) * B2)),
+        Mistake("the updates are not divided by their rank: each scale is alpha / r",
+                lambda A1, B1, a1, A2, B2, a2: _side_by_side(A1, a1 * B1, A2, a2 * B2)),
+        Mistake("alpha and r are missing: no scale is applied later, so B must contain it",
+                lambda A1, B1, a1, A2, B2, a2: _side_by_side(A1, B1, A2, B2)),
+        Mistake("both are divided by r1 + r2, the rank of the pair; each update brings its own r",
+                lambda A1, B1, a1, A2, B2, a2: _side_by_side(A1, a1 / len([*A1, *A2]) * B1,
+                                                             A2, a2 / len([*A1, *A2]) * B2)),
+        Mistake("both get the scale of the first; the second has an alpha and an r of its own",
+                lambda A1, B1, a1, A2, B2, a2: _side_by_side(A1, a1 / len(A1) * B1, A2, a1 / len(A1) * B2)),
+        Mistake("the scale is in A and in B, so it counts squared; one of the two is enough",
+                lambda A1, B1, a1, A2, B2, a2: _side_by_side(a1 / len(A1) * A1, a1 / len(A1) * B1,
+                                                             a2 / len(A2) * A2, a2 / len(A2) * B2)),
+        Mistake("the blocks are crossed: row k of A meets column k of B, so both need the same order",
+                lambda A1, B1, a1, A2, B2, a2: (torch.cat([A1, A2]),
+                                                torch.cat([a2 / len(A2) * B2, a1 / len(A1) * B1], 1))),
+        Mistake("the order of the results: A (r1 + r2, in) first, then B (out, r1 + r2)",
+                lambda A1, B1, a1, A2, B2, a2: _side_by_side(A1, a1 / len(A1) * B1, A2, a2 / len(A2) * B2)[::-1]),
     ],
-    "lora_gradients": [
-        Mistake("the scale s is missing from both", lambda G, A, B, s: (B.T @ G, G @ A.T)),
-        Mistake("these are the two gradients in the other order: dA comes first",
-                lambda G, A, B, s: (s * G @ A.T, s * B.T @ G)),
-        Mistake("that is the version printed on a popular page: G (out, in) and B^T (r, out) do not fit",
-                lambda G, A, B, s: (s * G @ B.T, s * G.T @ A)),
+    "middle_gradients": [
+        Mistake("the scale s is missing from both", lambda G, A, M, B, s: (G @ (M @ A).T, B.T @ G @ A.T)),
+        Mistake("M is missing from dB: what stands to the right of B is M A, not A alone",
+                lambda G, A, M, B, s: (s * G @ A.T, s * B.T @ G @ A.T)),
+        Mistake("dB has M where its transpose belongs. It is square, so both fit: (M A)^T is A^T M^T",
+                lambda G, A, M, B, s: (s * G @ A.T @ M, s * B.T @ G @ A.T)),
+        Mistake("dM is transposed. It is square, so no shape complains: entry (i, j) goes with column i of B and row j "
+                "of A", lambda G, A, M, B, s: (s * G @ (M @ A).T, s * A @ G.T @ B)),
+        Mistake("M is in its own gradient; the gradient of one factor contains the two others",
+                lambda G, A, M, B, s: (s * G @ (M @ A).T, s * B.T @ G @ (M @ A).T)),
+        Mistake("these are the two gradients in the other order: dB comes first",
+                lambda G, A, M, B, s: (s * B.T @ G @ A.T, s * G @ (M @ A).T)),
     ],
     "moves_first": [
         Mistake("that is the answer for B = 0. Now A is zero: dB = s G A^T contains A, dA = s B^T G does not", "B"),
         Mistake("dB = s G A^T is zero when A is, so only one of them moves", "both"),
         Mistake("that is what happens when both are zero; here B is random, and dA = s B^T G contains it", "none"),
     ],
-    "new_adapter": [
-        Mistake("in and out are swapped: a weight of nn.Linear is (out, in), so A is (r, in) = (r, weight.shape[1])",
-                lambda weight, r: (torch.randn(r, weight.shape[0]) / weight.shape[0] ** 0.5,
-                                   torch.zeros(weight.shape[1], r))),
-        Mistake("B must be zero, or the model changes before it is trained",
-                lambda weight, r: (torch.randn(r, weight.shape[1]) / weight.shape[1] ** 0.5,
-                                   torch.randn(weight.shape[0], r))),
-        Mistake("A is zero as well: then no gradient ever arrives, and nothing can be learned",
-                lambda weight, r: (torch.zeros(r, weight.shape[1]), torch.zeros(weight.shape[0], r))),
-        Mistake("the standard deviation of A is not 1 / sqrt(in); torch.randn alone has 1, PEFT's uniform start 0.58 / "
-                "sqrt(in)",
-                lambda weight, r: (torch.randn(r, weight.shape[1]), torch.zeros(weight.shape[0], r))),
-        Mistake("the right size, but uniform: asked is a normal distribution, torch.randn",
-                lambda weight, r: (torch.empty(r, weight.shape[1]).uniform_(-1, 1) * (3 / weight.shape[1]) ** 0.5,
-                                   torch.zeros(weight.shape[0], r))),
+    "pissa_start": [
+        Mistake("that is the tutorial's start: the model computes with W + W_r. Take s B A off the frozen part",
+                lambda W, r, s: (W, *_top(W, r, s)[1:])),
+        Mistake("the layer multiplies B A by s, you did not count on it: together they give W only at s = 1",
+                lambda W, r, s: _top(W, r, 1)),
+        Mistake("together they give W, but s B A is s times the strongest part: divide one of the factors by s",
+                lambda W, r, s: _less(W, s, *_top(W, r, 1)[1:])),
+        Mistake("A and B are right, but B A is taken off without the s that the layer puts before it",
+                lambda W, r, s: _less(W, 1, *_top(W, r, s)[1:])),
+        Mistake("the singular values are missing from A and B: their directions are right, their lengths are not",
+                lambda W, r, s: _less(W, s, *_top(W, r, s, power=0)[1:])),
+        Mistake("the singular values stand whole in A and in B, so they count squared: give them to one of the two, or "
+                "their root to each", lambda W, r, s: _less(W, s, *_top(W, r, s, power=2)[1:])),
+        Mistake("these are the weakest directions: torch.linalg.svd gives the largest singular value first",
+                lambda W, r, s: _less(W, s, *_top(W, r, s, last=True)[1:])),
+        Mistake("B = 0 keeps the model too, but here s B A shall be the strongest rank-r part of W",
+                lambda W, r, s: (W, torch.randn(r, W.shape[1]), torch.zeros(W.shape[0], r))),
     ],
     "adapted": [
         Mistake("the gradient at x is wrong: the part through the frozen W is missing (no_grad or detach cuts it)",
@@ -113,23 +148,51 @@ def last_saving_rank(answer) -> Verdict:
                  "above this rank an adapter is larger than what it adapts.")
 
 
-def lora_forward(answer) -> Verdict:
-    def draw(g):
-        n, n_out, n_in, r = _sizes(g)
-        return (_normal(g, n, n_in), _normal(g, n_out, n_in), _normal(g, n_out), _normal(g, r, n_in),
-                _normal(g, n_out, r), 3.0 + torch.rand((), generator=g).item())
-
-    return grade(answer, lambda x, W, b, A, B, alpha: x @ W.T + b + alpha / len(A) * (x @ A.T) @ B.T, draw,
-                 MISTAKES["lora_forward"], "this one line is LoRA; everything else is care.")
-
-
-def lora_gradients(answer) -> Verdict:
+def joined(answer) -> Verdict:
     def draw(g):
         _, n_out, n_in, r = _sizes(g)
-        return _normal(g, n_out, n_in), _normal(g, r, n_in), _normal(g, n_out, r), 1.5
+        r2 = r % 4 + 1  # another rank
+        alpha1, alpha2 = (3.0 + torch.rand(2, generator=g)).tolist()
+        return (_normal(g, r, n_in), _normal(g, n_out, r), alpha1,
+                _normal(g, r2, n_in), _normal(g, n_out, r2), alpha2)
 
-    return grade(answer, lambda G, A, B, s: (s * B.T @ G, s * G @ A.T), draw, MISTAKES["lora_gradients"],
-                 "dA contains B and dB contains A: the next section lives on that.")
+    def product(function):
+        def pair(A1, B1, alpha1, A2, B2, alpha2):
+            result = function(A1, B1, alpha1, A2, B2, alpha2)
+            if not isinstance(result, tuple | list) or len(result) != 2 or not all(map(torch.is_tensor, result)):
+                raise ValueError("two tensors were expected: A and B")
+            return result
+
+        def values(A1, B1, alpha1, A2, B2, alpha2):
+            k = min(len(A1), len(A2))  # cut to equal ranks first: there, sums run and show their shape
+            first = function(A1[:k], B1[:, :k], alpha1, A2[:k], B2[:, :k], alpha2)
+            if blank(first):
+                return first
+            if isinstance(first, tuple | list) and len(first) and getattr(first[0], "shape", None) == A1[:k].shape:
+                raise ValueError("for two adapters of equal rank your A has as many rows as one of them")
+            A, B = pair(A1, B1, alpha1, A2, B2, alpha2)
+            (n_in, n_out), r = (A1.shape[1], len(B1)), len(A1) + len(A2)
+            if A.shape != (r, n_in) or B.shape != (n_out, r):
+                raise ValueError(f"expected A ({r}, {n_in}) and B ({n_out}, {r}), yours are {tuple(A.shape)} and "
+                                 f"{tuple(B.shape)}")
+            return B @ A
+        return values
+
+    mistakes = [Mistake(message, product(function)) for message, function in MISTAKES["joined"]]
+    return grade(product(answer), lambda A1, B1, a1, A2, B2, a2: a1 / len(A1) * B1 @ A1 + a2 / len(A2) * B2 @ A2, draw,
+                 mistakes, "two adapters are one of rank r1 + r2: ranks add up, matrices A and B do not.")
+
+
+def middle_gradients(answer) -> Verdict:
+    def draw(g):
+        _, n_out, n_in, _ = _sizes(g)
+        r = torch.randint(2, 5, (), generator=g).item()  # at r = 1 M would be a number
+        return _normal(g, n_out, n_in), _normal(g, r, n_in), _normal(g, r, r), _normal(g, n_out, r), 1.5
+
+    return grade(answer, lambda G, A, M, B, s: (s * G @ (M @ A).T, s * B.T @ G @ A.T), draw,
+                 MISTAKES["middle_gradients"],
+                 "each gradient contains the other factors. Without M, dA contains B and dB contains A: the next "
+                 "section lives on that.")
 
 
 def moves_first(answer) -> Verdict:
@@ -138,34 +201,28 @@ def moves_first(answer) -> Verdict:
                        hint='Answer with "A", "B", "both" or "none".')
 
 
-def new_adapter(answer) -> Verdict:
-    by_message = [mistake.message for mistake in MISTAKES["new_adapter"]]
-    for n_out, n_in, r in ((300, 700, 3), (640, 250, 5)):
-        try:
-            result = answer(torch.empty(n_out, n_in), r)
-        except Exception as error:
-            return not_yet(f"your function raised {type(error).__name__}: {error}")
-        if blank(result):
-            return NOT_ATTEMPTED
-        if not isinstance(result, tuple | list) or len(result) != 2 or not all(map(torch.is_tensor, result)):
-            return not_yet("two tensors were expected: A and B")
-        A, B = result
-        if A.shape == (r, n_out) or B.shape == (n_in, r):
-            return not_yet(by_message[0])
-        if A.shape != (r, n_in) or B.shape != (n_out, r):
-            return not_yet(f"weight ({n_out}, {n_in}), r = {r}: expected A ({r}, {n_in}) and B ({n_out}, {r}), "
-                           f"yours are {tuple(A.shape)} and {tuple(B.shape)}")
-        if (B != 0).any():
-            return not_yet(by_message[1])
-        if not A.any():
-            return not_yet(by_message[2])
-        if A.unique().numel() < 0.9 * A.numel():
-            return not_yet("the entries of A repeat: equal rows would stay equal in training")
-        if not 0.9 < A.std().item() * n_in ** 0.5 < 1.1 or abs(A.mean().item()) * n_in ** 0.5 > 0.2:
-            return not_yet(by_message[3])
-        if A.abs().max() < 2 * A.std():  # uniform ones end at 1.73
-            return not_yet(by_message[4])
-    return right("the model starts as the base, and every row of A looks in a direction of its own.")
+def pissa_start(answer) -> Verdict:
+    def draw(g):
+        _, n_out, n_in, r = _sizes(g)
+        return _normal(g, n_out, n_in), r, 1.5
+
+    def parts(function):
+        def values(W, r, s):
+            (n_out, n_in), result = W.shape, function(W, r, s)
+            if blank(result):
+                return result
+            if not isinstance(result, tuple | list) or len(result) != 3 or not all(map(torch.is_tensor, result)):
+                raise ValueError("three tensors were expected: the frozen part, A and B")
+            wanted = [(n_out, n_in), (r, n_in), (n_out, r)]
+            if [tuple(part.shape) for part in result] != wanted:
+                raise ValueError(f"the shapes {wanted} were expected, yours are {[tuple(p.shape) for p in result]}")
+            frozen, A, B = result
+            return frozen, s * B @ A  # any split between A and B will do
+        return values
+
+    mistakes = [Mistake(message, parts(function)) for message, function in MISTAKES["pissa_start"]]
+    return grade(parts(answer), parts(lambda W, r, s: _top(W, r, s)), draw, mistakes,
+                 "the model starts as it was, and training acts on the strongest part of W.")
 
 
 def adapted(answer) -> Verdict:

@@ -28,8 +28,8 @@ def _dominates(q, p):
     return q[0] >= p[0] and q[1] >= p[1] and q != p
 
 
-def _mixed(x, W, As, Bs, which, s):
-    return x @ W.T + s * torch.bmm(Bs[which], torch.bmm(As[which], x[:, :, None]))[:, :, 0]
+def _blended(x, W, As, Bs, mix, s):
+    return x @ W.T + s * torch.einsum("ni,nj,jri,jor->no", x, mix, As, Bs)
 
 
 def _rows(d8, d9, first=8, second=9):
@@ -84,14 +84,24 @@ MISTAKES = {
         Mistake("B (out, r) is missing",
                 lambda shapes, r, bytes_per_number=4: bytes_per_number * sum(r * n for _, n in shapes)),
     ],
-    "mixed_forward": [
-        Mistake("every example gets adapter 0: `which` is not used",
-                lambda x, W, As, Bs, which, s: x @ W.T + s * (x @ As[0].T) @ Bs[0].T),
-        Mistake("that is the mean of all adapters, for every example",
-                lambda x, W, As, Bs, which, s: x @ W.T + s * (x @ (Bs @ As).mean(0).T)),
-        Mistake("all adapters are added up, for every example",
-                lambda x, W, As, Bs, which, s: x @ W.T + s * (x @ (Bs @ As).sum(0).T)),
-        Mistake("the scale s is missing", lambda x, W, As, Bs, which, s: _mixed(x, W, As, Bs, which, 1.0)),
+    "blended_forward": [
+        Mistake("the A's are blended and the B's are blended, and then multiplied: that brings in B_i A_j of two "
+                "different adapters. Blend what the adapters give, B_j A_j x",
+                lambda x, W, As, Bs, mix, s: x @ W.T + s * torch.einsum(
+                    "ni,nj,jri,nk,kor->no", x, mix, As, mix, Bs)),
+        Mistake("each example gets only the adapter with the largest share; the others have theirs as well",
+                lambda x, W, As, Bs, mix, s: _blended(x, W, As, Bs, torch.eye(len(As))[mix.argmax(1)], s)),
+        Mistake("every example gets the same blend; row k of `mix` is for example k alone",
+                lambda x, W, As, Bs, mix, s: _blended(x, W, As, Bs, mix.mean(0).expand(len(x), -1), s)),
+        Mistake("all adapters count in full, for every example: `mix` is not used",
+                lambda x, W, As, Bs, mix, s: _blended(x, W, As, Bs, torch.ones_like(mix), s)),
+        Mistake("the base is blended too: W x belongs in once, whatever the shares add up to",
+                lambda x, W, As, Bs, mix, s: _blended(x, W, As, Bs, mix, s) + (mix.sum(1)[:, None] - 1) * (x @ W.T)),
+        Mistake("the shares are used as they are given; nobody asked that they add up to 1",
+                lambda x, W, As, Bs, mix, s: _blended(x, W, As, Bs, mix / mix.sum(1, keepdim=True), s)),
+        Mistake("the scale s is missing", lambda x, W, As, Bs, mix, s: _blended(x, W, As, Bs, mix, 1.0)),
+        Mistake("W x, the base's own part, is missing",
+                lambda x, W, As, Bs, mix, s: _blended(x, W, As, Bs, mix, s) - x @ W.T),
     ],
     "serve": [
         Mistake("merged weights hold one task; the next request would need an un-merge and a new merge", "merged"),
@@ -186,15 +196,15 @@ def adapter_bytes(answer) -> Verdict:
                  "this is why a thousand adapters fit where one model did.")
 
 
-def mixed_forward(answer) -> Verdict:
+def blended_forward(answer) -> Verdict:
     def draw(g):
         n, n_out, n_in, r, m = 9, 5, 7, 2, 3
         return (torch.randn(n, n_in, generator=g), torch.randn(n_out, n_in, generator=g),
                 torch.randn(m, r, n_in, generator=g), torch.randn(m, n_out, r, generator=g),
-                torch.randint(m, (n,), generator=g), 1.5)
+                torch.rand(n, m, generator=g), 1.5)
 
-    return grade(answer, _mixed, draw, MISTAKES["mixed_forward"],
-                 "the base's product is shared, only the thin part differs.")
+    return grade(answer, _blended, draw, MISTAKES["blended_forward"],
+                 "one 1 in a row of `mix` picks an adapter, several shares blend them, and a row of zeros is the base.")
 
 
 def serve(answer) -> Verdict:

@@ -8,21 +8,27 @@ import torch
 from lora_lab.checks import Mistake, Verdict, grade, grade_value
 
 
-def _mean_and_reach(a, b, t, *, scatter=stdev, shrink=True):
+def _seeds(middle, reach_of_one):
+    return math.floor((reach_of_one / middle) ** 2) + 1
+
+
+def _paired_seeds(a, b, t, *, scatter=stdev):
     d = [x - y for x, y in zip(a, b, strict=True)]
-    reach = t * scatter(d)
-    return mean(d), reach / math.sqrt(len(d)) if shrink else reach
+    return _seeds(mean(d), t * scatter(d))
 
 
-def _unpaired(a, b, t):
-    return mean(a) - mean(b), t * math.sqrt((variance(a) + variance(b)) / len(a))
+def _unpaired_seeds(a, b, t):
+    return _seeds(mean(a) - mean(b), t * math.sqrt(variance(a) + variance(b)))
 
 
 def _draw_scores(generator):
-    n = int(torch.randint(4, 12, (), generator=generator))
-    seeds = torch.rand(n, generator=generator, dtype=torch.float64)  # (n,): what both share
-    a, b = (seeds + 0.1 * torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(2))
-    return a.tolist(), b.tolist(), 2.0 + n / 10
+    """Scores of two settings: what a seed does to both is large, their own difference small, up or down."""
+    n = int(torch.randint(4, 9, (), generator=generator))
+    seeds, noise = torch.rand(2, n, generator=generator, dtype=torch.float64)  # (n,) each
+    ahead = 0.008 + 0.008 * torch.rand((), generator=generator, dtype=torch.float64)
+    ahead = ahead if torch.rand((), generator=generator) < 0.5 else -ahead
+    b = 0.5 + 0.4 * seeds
+    return (b + ahead + 0.1 * (noise - noise.mean())).tolist(), b.tolist(), 2.0 + n / 10
 
 
 def _doubled(valid, gain, *, last_tried=False, against_start=False):
@@ -70,15 +76,27 @@ def _draw_two_tables(generator):
 
 
 MISTAKES = {
-    "paired_interval": [
+    "seeds_needed": [
         Mistake("you add up the scatter of a and of b as if they had nothing to do with each other. They share their "
                 "seeds: a seed that is hard for one is hard for the other. Form d = a - b first, then its scatter.",
-                _unpaired),
-        Mistake("that is how far a single seed may lie from the mean. The mean of n seeds is steadier by sqrt(n): "
-                "divide by it.", lambda a, b, t: _mean_and_reach(a, b, t, shrink=False)),
+                _unpaired_seeds),
+        Mistake("you solved for sqrt(n), not for n. Half the reach takes four times the seeds: square it.",
+                lambda a, b, t: math.floor(math.sqrt(_paired_seeds(a, b, t) - 1)) + 1),
+        Mistake("you solved for sqrt(n), not for n, and where b is ahead your number of seeds is negative: square it.",
+                lambda a, b, t: (lambda d: math.ceil(t * stdev(d) / mean(d)))(
+                    [x - y for x, y in zip(a, b, strict=True)])),
+        Mistake("one seed short: with your n the interval still contains 0. Round up, not down.",
+                lambda a, b, t: _paired_seeds(a, b, t) - 1),
+        Mistake("a number of seeds is whole: round up",
+                lambda a, b, t: (lambda d: (t * stdev(d) / mean(d)) ** 2)([x - y for x, y in zip(a, b, strict=True)])),
+        Mistake("t is missing: the interval reaches t standard errors to each side, not one",
+                lambda a, b, t: _paired_seeds(a, b, 1)),
+        Mistake("you divide by the square root of the seeds you have, and then count seeds once more. s is the scatter "
+                "of single seeds: what you look for is the n under the root.",
+                lambda a, b, t: _paired_seeds(a, b, t / math.sqrt(len(a)))),
         Mistake("you divide the squared deviations by n. The mean is itself taken from the n values, so divide by "
                 "n - 1: stdev does, and so does torch's .std().",
-                lambda a, b, t: _mean_and_reach(a, b, t, scatter=pstdev)),
+                lambda a, b, t: _paired_seeds(a, b, t, scatter=pstdev)),
         Mistake("a and b are lists, which cannot be subtracted as a whole. Go through them in pairs: "
                 "[x - y for x, y in zip(a, b)].", lambda a, b, t: a - b),
     ],
@@ -121,10 +139,10 @@ MISTAKES = {
 }
 
 
-def paired_interval(answer) -> Verdict:
-    return grade(answer, _mean_and_reach, _draw_scores, MISTAKES["paired_interval"],
-                 "what all runs of a seed share drops out of the difference, so five seeds can show what many unpaired "
-                 "ones would not.")
+def seeds_needed(answer) -> Verdict:
+    return grade(answer, _paired_seeds, _draw_scores, MISTAKES["seeds_needed"],
+                 "what all runs of a seed share drops out of the difference, so few seeds can settle what many "
+                 "unpaired ones would not.")
 
 
 def alpha_for_sqrt(answer) -> Verdict:

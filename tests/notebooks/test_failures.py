@@ -110,11 +110,12 @@ def test_an_endless_cell_ends_at_the_cell_timeout(endless, name):
 def test_a_cell_may_take_some_times_what_its_stored_progress_lines_say():
     assert cell_timeout(cell("1"), 120) == 25 and cell_timeout(cell("1"), 3) == 3
     assert cell_timeout(cell("1", value="◷ base model: from the cache"), 120) == 25
-    assert cell_timeout(cell("1", value="◷ fit: 588 steps, 5.5 s"), 120) == 58
+    assert cell_timeout(cell("1", value="◷ fit: 588 steps, 5.5 s"), 120) == 52.5
     assert cell_timeout(cell("1", value="◷ trade-offs: 25 runs, 60.0 s"), 120) == 120
 
 
 def test_a_shipped_cell_without_end_would_be_stopped_in_seconds():
+    """Nine cells in ten after 25 s; and no sweep is so long that it needs all that a cell may ever take."""
     cells = [c for path in notebooks.paths() for c in notebooks.read(path).cells if c.cell_type == "code"]
     limits = sorted(cell_timeout(c, 120) for c in cells)
-    assert limits[len(limits) * 19 // 20] <= 40 and limits[-1] < 120
+    assert limits[len(limits) * 9 // 10] == 25 and limits[-1] < 120
