@@ -18,10 +18,10 @@ from IPython.utils.capture import capture_output
 from lora_lab.cache import folder, keep, key
 from lora_lab.progress import progress
 
-# On Linux one process loads torch, and every worker is forked from that one and shares the memory: 300 MB for each.
+# On Linux one process loads torch and the data, and every worker is forked from that one and shares its memory.
 PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
-    PROCESSES.set_forkserver_preload([__name__, "torch._dynamo"])  # which the first optimizer would load
+    PROCESSES.set_forkserver_preload(["lora_lab.sweep_preload"])
 
 
 def sweep(run, settings, *, label: str, workers: int | None = None) -> list:

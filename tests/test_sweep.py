@@ -4,6 +4,7 @@ import json
 import linecache
 import multiprocessing
 import os
+import runpy
 import sys
 import textwrap
 from concurrent.futures.process import BrokenProcessPool
@@ -11,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 import torch
 
+from lora_lab import data
 from lora_lab import sweep as sweep_module
 from lora_lab.data import NEW, few_digits, mnist
 from lora_lab.lora import inject
@@ -59,6 +61,10 @@ def fails_at_3(x):
 
 def tensor(x):
     return {"loss": torch.tensor(x)}
+
+
+def parts_read(x):
+    return data._pixels.cache_info().currsize
 
 
 def parent(x):
@@ -230,6 +236,19 @@ def test_nothing_to_do_and_settings_from_a_generator():
 def test_all_workers_come_from_one_process_that_has_loaded_torch():
     first, second = (sweep(parent, [{"x": x} for x in xs], label="x", workers=2) for xs in (range(4), range(4, 8)))
     assert len({*first, *second}) == 1 and os.getpid() not in first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
+def test_a_worker_does_not_read_the_data_again():
+    assert sweep(parts_read, [{"x": 1}, {"x": 2}], label="x", workers=2) == [2, 2]
+
+
+def test_workers_start_without_the_data(monkeypatch):
+    def missing(split):
+        raise data.DataError(split)
+
+    monkeypatch.setattr(data, "_pixels", missing)
+    runpy.run_module("lora_lab.sweep_preload")
 
 
 def test_the_same_numbers_where_processes_cannot_be_forked(own_cache, monkeypatch):
