@@ -61,7 +61,7 @@ test-notebooks: env-test
 
 test-solved: env-test
 	@echo "== 3 of 3: the notebooks with their exercises solved, and in a browser"
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/notebooks -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/notebooks -n 2 --dist worksteal
 
 bench: env-test
 	$(PY) -m benchmarks

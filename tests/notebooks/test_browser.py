@@ -1,4 +1,7 @@
-"""Every notebook in a real JupyterLab in headless Chromium: opened, "Run All", looked at. One server, one page."""
+"""Every notebook in a real JupyterLab in headless Chromium: opened, its exercises solved, "Run All", looked at.
+
+One server and one page for each worker. Solutions are put in here, and not in a run of their own, since the step of the
+suite before this one has run every notebook with its exercises untouched."""
 
 import json
 import os
@@ -13,9 +16,9 @@ import urllib.request
 
 import pytest
 
+from tests.notebooks.test_solved import CHROMIUM, said
 from tools import notebooks
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (Debian: apt-get install chromium)")
 
@@ -27,12 +30,13 @@ SETTINGS = {"@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
             "@jupyterlab/docmanager-extension/plugin": {"autosave": False}}
 
 # Driven by commands, not by clicks: the promise of run-all resolves when every cell has run.
-RUN = """async ([path, limit]) => {
+RUN = """async ([path, solutions, limit]) => {
   const app = window.jupyterapp;
   const panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook'});
   await panel.context.ready;
   await panel.sessionContext.ready;
   await panel.sessionContext.session.kernel.info;
+  for (const [k, solution] of solutions) panel.content.model.cells.get(k).sharedModel.setSource(solution);
   const late = new Promise((_, no) => setTimeout(() => no(new Error('the run took too long')), limit));
   await Promise.race([app.commands.execute('notebook:run-all-cells'), late]);
 }"""
@@ -111,14 +115,18 @@ def page(server):
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_run_all_in_jupyterlab(page, path, record_property):
+    exercises = notebooks.exercises(notebooks.read(path))
     page.wrong.clear()
     page.set_default_timeout(360_000)
-    page.evaluate(RUN, [path.name, 300_000])
-    cells = [cell for cell in page.evaluate(CELLS) if cell["cell_type"] == "code" and cell["source"]]
+    page.evaluate(RUN, [path.name, [[exercise.stub, exercise.solution] for exercise in exercises], 300_000])
+    everything = page.evaluate(CELLS)
+    cells = [cell for cell in everything if cell["cell_type"] == "code" and cell["source"]]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))  # all of them ran, just now
     errors = [output for cell in cells if "raises-exception" not in cell["metadata"].get("tags", [])
               for output in cell["outputs"] if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert not errors
+    verdicts = {exercise.name: said(everything[exercise.check]) for exercise in exercises}
+    assert not {name: text for name, text in verdicts.items() if not text.startswith("✔ right: ")}
     stored = [output for cell in notebooks.read(path).cells if cell.cell_type == "code" for output in cell.outputs
               if "image/png" in output.get("data", {})]
     pictures = page.evaluate(PICTURES)
@@ -134,3 +142,4 @@ def test_run_all_in_jupyterlab(page, path, record_property):
     page.evaluate(CLOSE)
     assert not page.wrong
     record_property("notebooks run in a browser", 1)
+    record_property("exercises solved in a notebook that runs from top to bottom", len(exercises))
