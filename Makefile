@@ -60,7 +60,7 @@ test-notebooks: env-test
 	    -p tests.nbval_strict
 
 test-solved: env-test
-	@echo "== 3 of 3: the notebooks with their exercises solved, and in a browser"
+	@echo "== 3 of 3: the notebooks with their exercises solved, in a browser if there is one"
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/notebooks -n 2 --dist worksteal
 
 bench: env-test
