@@ -115,7 +115,7 @@ def test_a_cell_may_take_some_times_what_its_stored_progress_lines_say():
 
 
 def test_a_shipped_cell_without_end_would_be_stopped_in_seconds():
-    """Nine cells in ten after 25 s; and no sweep is so long that it needs all that a cell may ever take."""
+    """Nine cells in ten after 25 s, 19 in 20 after at most 40; and none may take all that a cell may ever take."""
     cells = [c for path in notebooks.paths() for c in notebooks.read(path).cells if c.cell_type == "code"]
     limits = sorted(cell_timeout(c, 120) for c in cells)
-    assert limits[len(limits) * 9 // 10] == 25 and limits[-1] < 120
+    assert limits[len(limits) * 9 // 10] == 25 and limits[len(limits) * 19 // 20] <= 40 and limits[-1] < 120
