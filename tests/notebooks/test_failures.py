@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -34,36 +33,27 @@ NOTEBOOKS = {
     "wrong": [cell("2 + 2", 1, "5"), cell("2 + 3", 2, "5")],
     "about": [cell(NUMBER.format("≈ 0.96 of 9"), 1, "≈ 0.97 of 9"),
               cell(NUMBER.format("≈ 0.96 of 9"), 2, "≈ 0.96 of 8"), cell(NUMBER.format("0.96"), 3, "0.97")],
+    "loop": [cell("while True: pass")],
+    "sleep": [cell("import time; time.sleep(1000)")],
 }
-ENDLESS = {"loop": [cell("while True: pass")], "sleep": [cell("import time; time.sleep(1000)")],
-           "good": NOTEBOOKS["good"]}
 
 
-def nbval(folder, notebooks, *options):
-    """What nbval says of each cell, {notebook: ["passed" or its message, ...]}, and the seconds it took."""
-    for name, cells in notebooks.items():
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What nbval says of each cell, {notebook: ["passed" or its message, ...]}, with 3 s for a cell."""
+    folder = tmp_path_factory.mktemp("nbs")
+    for name, cells in NOTEBOOKS.items():
         nbformat.write(new_notebook(cells=cells, metadata=SPEC), folder / f"{name}.ipynb")
     given = [option for option in OPTIONS if option not in ("-n", "2", "--dist", "loadfile")]
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "pytest", "--nbval", str(folder), *given, *options, "--color=no",
-                           f"--junitxml={folder}/report.xml"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    seconds = time.monotonic() - started
+    done = subprocess.run([sys.executable, "-m", "pytest", "--nbval", str(folder), *given, "--nbval-cell-timeout=3",
+                           "--color=no", f"--junitxml={folder}/report.xml"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
-    found = {name: [] for name in notebooks}
+    found = {name: [] for name in NOTEBOOKS}
     for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
         wrong = "\n".join(f"{child.get('message')} {child.text}" for child in case if child.tag in ("failure", "error"))
         found[case.get("classname").rsplit(".ipynb")[0].rsplit(".")[-1]].append(wrong or "passed")
-    return found, seconds
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    return nbval(tmp_path_factory.mktemp("nbs"), NOTEBOOKS)
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory):
-    return nbval(tmp_path_factory.mktemp("nbs"), ENDLESS, "--nbval-cell-timeout=3")
+    return found
 
 
 def test_make_test_and_the_workflow_run_nbval_alike():
@@ -74,37 +64,35 @@ def test_make_test_and_the_workflow_run_nbval_alike():
     assert not [option for option in OPTIONS if option not in workflow]
 
 
-def test_a_good_notebook_passes(ran):
-    assert ran[0]["good"] == ["passed", "passed"]
+def test_a_good_notebook_passes(said):
+    assert said["good"] == ["passed", "passed"]
 
 
 @pytest.mark.parametrize("name", ["exit", "kill"])
-def test_a_dead_kernel_is_noticed_in_seconds(ran, name):
-    first, dead, after = ran[0][name]
-    assert first == "passed" and "the kernel died in this cell" in dead and "Kernel dead" in after
-    assert ran[1] < 200  # for all the notebooks here; nbval alone waits 120 s for each of the two
+def test_a_dead_kernel_is_noticed_in_seconds(said, name):
+    first, dead, after = said[name]
+    assert first == "passed" and "Kernel dead" in after
+    assert "the kernel died in this cell" in dead  # nbval alone waits until the time of the cell is over, and says so
 
 
-def test_a_cell_that_was_never_run_fails(ran):
-    first, never = ran[0]["never_run"]
+def test_a_cell_that_was_never_run_fails(said):
+    first, never = said["never_run"]
     assert first == "passed" and "never run" in never
 
 
-def test_a_wrong_output_fails(ran):
-    wrong, good = ran[0]["wrong"]
+def test_a_wrong_output_fails(said):
+    wrong, good = said["wrong"]
     assert "outputs differ" in wrong and good == "passed"
 
 
-def test_only_a_number_behind_the_sign_for_about_may_differ(ran):
-    about, beside, bare = ran[0]["about"]
+def test_only_a_number_behind_the_sign_for_about_may_differ(said):
+    about, beside, bare = said["about"]
     assert about == "passed" and "outputs differ" in beside and "outputs differ" in bare
 
 
 @pytest.mark.parametrize("name", ["loop", "sleep"])
-def test_an_endless_cell_ends_at_the_cell_timeout(endless, name):
-    assert "Timeout of 3 seconds exceeded" in endless[0][name][0]
-    assert endless[0]["good"] == ["passed", "passed"]
-    assert endless[1] < 200
+def test_an_endless_cell_ends_at_the_cell_timeout(said, name):
+    assert "Timeout of 3 seconds exceeded" in said[name][0]
 
 
 def test_a_cell_may_take_some_times_what_its_stored_progress_lines_say():
