@@ -125,6 +125,8 @@ MISTAKES = {
         Mistake("that does not divide by r at all", lambda alpha, r, rslora=False: alpha),
         Mistake("rslora is ignored: with it the divisor is the square root of r",
                 lambda alpha, r, rslora=False: alpha / r),
+        Mistake("the two are exchanged: with rslora=True the divisor is the square root of r, without it r",
+                lambda alpha, r, rslora=False: alpha / (r if rslora else r ** 0.5)),
         Mistake("that is rsLoRA's scale always; without rslora the divisor is r itself",
                 lambda alpha, r, rslora=False: alpha / r ** 0.5),
     ],
@@ -145,7 +147,7 @@ MISTAKES = {
 def last_saving_rank(answer) -> Verdict:
     shapes = iter([(4, 4), (10, 256), (512, 784), (6, 3), (20, 7)])
     return grade(answer, lambda m, n: (m * n - 1) // (m + n), lambda g: next(shapes), MISTAKES["last_saving_rank"],
-                 "above this rank an adapter is larger than what it adapts.")
+                 "above this rank an adapter is at least as large as what it adapts.")
 
 
 def joined(answer) -> Verdict:

@@ -109,24 +109,27 @@ MISTAKES = {
         Mistake("the same alpha under both rules gives the same s only at r = 1.", lambda alpha, r0: alpha),
     ],
     "honest_report": [
-        Mistake("this still chooses by the test set. A rank chosen there is the luckiest of nine on these examples; "
+        Mistake("this still chooses by the test set. A rank chosen there is the luckiest of all on these examples; "
                 "choose by `valid`.", lambda valid, test: _report(valid, test, choose_by="test", score_by="test")),
         Mistake("this still chooses by the test set; choose by `valid`, report `test`",
                 lambda valid, test: _report(valid, test, choose_by="test", score_by="valid")),
-        Mistake("the choice is right, but the accuracy you report is the one you chose by, the luckiest of nine. "
+        Mistake("the choice is right, but the accuracy you report is the one you chose by, the luckiest of all. "
                 "Report the test accuracy of the chosen rank.",
                 lambda valid, test: _report(valid, test, choose_by="valid", score_by="valid")),
+        Mistake("return the rank first, then its accuracy.",
+                lambda valid, test: _report(valid, test, choose_by="valid", score_by="test")[::-1]),
     ],
     "choose_rank": [
         Mistake("you return the rank that did not pay any more. The one before it is as good at half the price.",
                 lambda valid, gain: _doubled(valid, gain, last_tried=True)),
-        Mistake("any rise is enough for you: a doubling has to gain at least `gain`, as a difference",
+        Mistake("a rise that is too small is enough for you: a doubling has to gain at least `gain`, as a difference, "
+                "not in proportion",
                 lambda valid, gain: _doubled(valid, 1e-9)),
         Mistake("a gain of exactly `gain` still pays: >=", lambda valid, gain: _doubled(valid, gain * 1.0001)),
         Mistake("you compare with r = 1 each time, so the gain never seems to end. Compare each rank with the one "
                 "before it.", lambda valid, gain: _doubled(valid, gain, against_start=True)),
-        Mistake("that is the best of all nine ranks: it trains every one of them. The point of the procedure is to "
-                "stop at the first doubling that does not pay.", lambda valid, gain: max(valid, key=valid.get)),
+        Mistake("you go on to the end of the table, which trains every rank. The point of the procedure is to stop at "
+                "the first doubling that does not pay.", lambda valid, gain: max(valid, key=valid.get)),
         Mistake("the table ends at 256, and where every doubling pays your loop asks it for 512. Ask whether 2 * r is "
                 "in `valid` before you look it up.", _doubled_without_end),
     ],
@@ -169,7 +172,7 @@ def what_next(answer) -> Verdict:
     cleaned = answer.strip(" ().").lower() if isinstance(answer, str) else answer
     return grade_value(cleaned, "c", MISTAKES["what_next"],
                        "the last layer can only recombine what the layers below hand it. With those adapted as well, "
-                       "100 steps led further than the last layer alone can go.",
+                       "100 steps led further than the last layer alone went.",
                        hint='Answer with one letter: "a", "b", "c" or "d".')
 
 
