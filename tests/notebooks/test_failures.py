@@ -47,7 +47,7 @@ def said(tmp_path_factory):
     given = [option for option in OPTIONS if option not in ("-n", "2", "--dist", "loadfile")]
     done = subprocess.run([sys.executable, "-m", "pytest", "--nbval", str(folder), *given, "--nbval-cell-timeout=3",
                            "--color=no", f"--junitxml={folder}/report.xml"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+                          cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stdout + done.stderr
     found = {name: [] for name in NOTEBOOKS}
     for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
