@@ -121,10 +121,10 @@ def test_run_all_in_jupyterlab(page, path, record_property):
     page.evaluate(RUN, [path.name, [[exercise.stub, exercise.solution] for exercise in exercises], 300_000])
     everything = page.evaluate(CELLS)
     cells = [cell for cell in everything if cell["cell_type"] == "code" and cell["source"]]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))  # all of them ran, just now
     errors = [output for cell in cells if "raises-exception" not in cell["metadata"].get("tags", [])
               for output in cell["outputs"] if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert not errors
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))  # all of them ran, just now
     verdicts = {exercise.name: said(everything[exercise.check]) for exercise in exercises}
     assert not {name: text for name, text in verdicts.items() if not text.startswith("✔ right: ")}
     page.wait_for_function(DRAWN)  # JupyterLab draws when it is idle what is far out of sight
