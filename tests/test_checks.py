@@ -12,7 +12,7 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 
 from lora_lab import checks
-from lora_lab.checks import Mistake, grade, grade_value
+from lora_lab.checks import Mistake, grade, grade_value, matrices
 from tools import notebooks
 
 NOTEBOOKS = sorted(notebooks.FOLDER.glob("[0-9]*.ipynb"))
@@ -173,6 +173,15 @@ def test_grade_recognises_a_mistake_by_what_it_does():
     assert double(lambda x: x + x + x, mistakes).message == "thrice"
     assert double(lambda x: torch.mm(x, x), mistakes).message == "raises"
     assert "values are not" in double(lambda x: 4 * x, mistakes).message
+
+
+def test_what_a_check_finds_wrong_is_not_called_an_error_of_the_reader():
+    def checked(x):
+        A, B = matrices((x, x[0]), "two matrices, A and B")
+        return A @ B
+
+    said = double(checked).message
+    assert said.startswith("expected: two matrices, A and B, you return [tensor (3, 5), tensor (5,)]"), said
 
 
 def test_grade_draws_the_same_each_time_and_several_times():

@@ -22,6 +22,10 @@ class Mistake(NamedTuple):
     answer: object
 
 
+class WrongForm(Exception):
+    """Raised by a check, about a result that it cannot compare; the message is for the reader."""
+
+
 class Verdict:
     """What a check says. `outcome` is "right", "not yet" or "not attempted"."""
 
@@ -54,6 +58,14 @@ def blank(answer) -> bool:
     return answer is ... or answer is None
 
 
+def matrices(result, expected: str, count: int = 2):
+    """The result, if it is `count` matrices; else WrongForm, with `expected` for what they should be."""
+    if (not isinstance(result, (tuple, list)) or len(result) != count
+            or not all(isinstance(M, torch.Tensor) and M.ndim == 2 for M in result)):
+        raise WrongForm(f"expected: {expected}, you return {_describe([result])}")
+    return result
+
+
 def same(a, b, tol: float = 1e-4) -> bool:
     """Whether two results agree: numbers and arrays within `tol` of their size, sequences item by item, else ==."""
     a, b = _unwrapped(a), _unwrapped(b)
@@ -81,9 +93,9 @@ def grade(answer: Callable, truth: Callable, draw: Callable[[torch.Generator], S
         try:
             got = answer(*_copies(arguments))
         except Exception as error:  # whatever the reader's code raises is the reader's to see
-            known = _recognise(answer, cases, mistakes, tol)
-            raised = f"your function raised {type(error).__name__}: {error}  (called with {_describe(arguments)})"
-            return not_yet(known or raised)
+            raised = "" if isinstance(error, WrongForm) else f"your function raised {type(error).__name__}: "
+            return not_yet(_recognise(answer, cases, mistakes, tol)
+                           or f"{raised}{error}  (called with {_describe(arguments)})")
         if got is ...:
             return NOT_ATTEMPTED
         if got is None:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lora_lab import linalg
-from lora_lab.checks import Mistake, blank, grade, grade_value, not_yet
+from lora_lab.checks import Mistake, WrongForm, blank, grade, grade_value, matrices, not_yet
 
 
 def _thin(W: Tensor):
@@ -165,12 +165,9 @@ def _invariants(function):
         result = function(A, B)
         if blank(result):
             return result
-        pair = isinstance(result, (tuple, list)) and len(result) == 2
-        if not pair or not all(isinstance(M, Tensor) and M.ndim == 2 for M in result):
-            raise ValueError("expected is a pair of matrices, A2 (r, n) and B2 (m, r)")
-        A2, B2 = result
+        A2, B2 = matrices(result, "two matrices, A2 (r, n) and B2 (m, r)")
         if len(A2) != B2.shape[1]:
-            raise ValueError(f"B2 @ A2 must be possible, and A2 comes first: {tuple(A2.shape)}, {tuple(B2.shape)}")
+            raise WrongForm(f"B2 @ A2 must be possible, and A2 comes first: {tuple(A2.shape)}, {tuple(B2.shape)}")
         return B2 @ A2, A2 @ A2.T, B2.T @ B2
     return judged
 

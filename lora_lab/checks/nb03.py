@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from lora_lab.checks import Mistake, Verdict, grade, grade_value
+from lora_lab.checks import Mistake, Verdict, grade, grade_value, matrices
 from lora_lab.linalg import energy
 
 
@@ -39,9 +39,7 @@ def _told(function):
         found = function(W_before, W_after, r)
         if found is ... or found is None:
             return found
-        if not isinstance(found, (tuple, list)) or len(found) != 2 or not all(map(torch.is_tensor, found)):
-            raise ValueError("expected is a pair of matrices, A (r, in) and B (out, r)")
-        A, B = found
+        A, B = matrices(found, "two matrices, A (r, in) and B (out, r)")
         shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
         return shapes, B @ A if B.shape[-1:] == A.shape[:1] else A
     return judged

@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_lab.checks import Mistake, Verdict, blank, grade, grade_value
+from lora_lab.checks import Mistake, Verdict, WrongForm, blank, grade, grade_value, matrices
 
 
 def _normal(generator, *shape):
@@ -158,24 +158,20 @@ def joined(answer) -> Verdict:
         return (_normal(g, r, n_in), _normal(g, n_out, r), alpha1,
                 _normal(g, r2, n_in), _normal(g, n_out, r2), alpha2)
 
-    def product(function):
-        def pair(A1, B1, alpha1, A2, B2, alpha2):
-            result = function(A1, B1, alpha1, A2, B2, alpha2)
-            if not isinstance(result, tuple | list) or len(result) != 2 or not all(map(torch.is_tensor, result)):
-                raise ValueError("two tensors were expected: A and B")
-            return result
+    wanted = "two matrices, A (r1 + r2, in) and B (out, r1 + r2)"
 
+    def product(function):
         def values(A1, B1, alpha1, A2, B2, alpha2):
             k = min(len(A1), len(A2))  # cut to equal ranks first: there, sums run and show their shape
             first = function(A1[:k], B1[:, :k], alpha1, A2[:k], B2[:, :k], alpha2)
             if blank(first):
                 return first
-            if isinstance(first, tuple | list) and len(first) and getattr(first[0], "shape", None) == A1[:k].shape:
-                raise ValueError("for two adapters of equal rank your A has as many rows as one of them")
-            A, B = pair(A1, B1, alpha1, A2, B2, alpha2)
+            if matrices(first, wanted)[0].shape == A1[:k].shape:
+                raise WrongForm("for two adapters of equal rank your A has as many rows as one of them")
+            A, B = matrices(function(A1, B1, alpha1, A2, B2, alpha2), wanted)
             (n_in, n_out), r = (A1.shape[1], len(B1)), len(A1) + len(A2)
             if A.shape != (r, n_in) or B.shape != (n_out, r):
-                raise ValueError(f"expected A ({r}, {n_in}) and B ({n_out}, {r}), yours are {tuple(A.shape)} and "
+                raise WrongForm(f"expected A ({r}, {n_in}) and B ({n_out}, {r}), yours are {tuple(A.shape)} and "
                                  f"{tuple(B.shape)}")
             return B @ A
         return values
@@ -213,12 +209,10 @@ def pissa_start(answer) -> Verdict:
             (n_out, n_in), result = W.shape, function(W, r, s)
             if blank(result):
                 return result
-            if not isinstance(result, tuple | list) or len(result) != 3 or not all(map(torch.is_tensor, result)):
-                raise ValueError("three tensors were expected: the frozen part, A and B")
+            frozen, A, B = matrices(result, "three matrices, the frozen part, A and B", 3)
             wanted = [(n_out, n_in), (r, n_in), (n_out, r)]
             if [tuple(part.shape) for part in result] != wanted:
-                raise ValueError(f"the shapes {wanted} were expected, yours are {[tuple(p.shape) for p in result]}")
-            frozen, A, B = result
+                raise WrongForm(f"the shapes {wanted} were expected, yours are {[tuple(p.shape) for p in result]}")
             return frozen, s * B @ A  # any split between A and B will do
         return values
 
@@ -235,7 +229,7 @@ def adapted(answer) -> Verdict:
             if blank(h):
                 return h
             if not h.requires_grad:
-                raise RuntimeError("nothing of your result depends on x for autograd: everything stood under no_grad")
+                raise WrongForm("nothing of your result depends on x for autograd: everything stood under no_grad")
             weights = torch.linspace(-1, 2, h.numel()).reshape(h.shape)
             return h, torch.autograd.grad((h * weights).sum(), x)[0]
         return both

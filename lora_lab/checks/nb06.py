@@ -1,8 +1,21 @@
 """Checks of notebook 06: adapting to 8 and 9."""
 
+from contextlib import suppress
+
 import torch
 
-from lora_lab.checks import NOT_ATTEMPTED, Mistake, Verdict, blank, grade, grade_value, not_yet, right
+from lora_lab.checks import (
+    NOT_ATTEMPTED,
+    Mistake,
+    Verdict,
+    WrongForm,
+    blank,
+    grade,
+    grade_value,
+    matrices,
+    not_yet,
+    right,
+)
 
 
 def _pick(y, n, generator, repeat=False):
@@ -127,17 +140,19 @@ def replay_indices(answer) -> Verdict:
         picks = []
         for draw in (3, 4, 3):
             try:
-                picks.append(answer(y.clone(), n, torch.Generator().manual_seed(draw)))
-                if not blank(picks[-1]):
-                    picks[-1] = torch.as_tensor(picks[-1])
+                found = answer(y.clone(), n, torch.Generator().manual_seed(draw))
             except Exception as error:
                 return not_yet(f"your function raised {type(error).__name__}: {error}")
-            if picks[-1] is None:
+            if found is None:
                 return not_yet("your function returns nothing: is `return` missing?")
-            if blank(picks[-1]):
+            if blank(found):
                 return NOT_ATTEMPTED
-            if picks[-1].dtype not in (torch.int64, torch.int32) or picks[-1].ndim != 1:
+            with suppress(TypeError, ValueError, RuntimeError):  # a list of numbers will do
+                found = torch.as_tensor(found)
+            whole = torch.is_tensor(found) and found.dtype in (torch.int64, torch.int32)
+            if not whole or found.ndim != 1:
                 return not_yet("a tensor of indices was expected, one axis, whole numbers")
+            picks.append(found)
         pick = picks[0]
         new, old = pick[y[pick] >= 8], pick[y[pick] < 8]
         if len(new.unique()) < k:
@@ -179,9 +194,9 @@ def two_row_adapter(answer) -> Verdict:
             result = function(d8, d9)
             if blank(result):
                 return result
-            A, B = result
+            A, B = matrices(result, "two matrices, A (2, n) and B (10, 2)")
             if A.shape != (2, len(d8)) or B.shape != (10, 2):
-                raise ValueError(f"expected A (2, {len(d8)}) and B (10, 2), got {tuple(A.shape)} and {tuple(B.shape)}")
+                raise WrongForm(f"expected A (2, {len(d8)}) and B (10, 2), got {tuple(A.shape)} and {tuple(B.shape)}")
             return B @ A
         return values
 
