@@ -55,8 +55,8 @@ MISTAKES = {
     "reachable": [
         Mistake("you ask whether the row is one of the given rows. A mixture, such as row 1 + row 2, is reachable too.",
                 lambda rows, row: row in rows),
-        Mistake("you compare with one row at a time. A row can be a mixture of several without being a multiple of "
-                "any.",
+        Mistake("you compare with too few rows at a time. A row can be a mixture of several without being a multiple "
+                "of any.",
                 _each_multiple),
         Mistake("the other way round: a reachable row brings nothing new, so the rank stays as it was.",
                 lambda rows, row: _rank([*rows, row]) > _rank(rows)),
@@ -76,8 +76,8 @@ MISTAKES = {
                 lambda m, n, k: torch.randn(m, k) @ torch.randn(k, n)),
         Mistake("your matrix has the rank m - k. What vanishes are directions of the input, and there are n of those, "
                 "one for each column.", lambda m, n, k: torch.randn(m, m - k) @ torch.randn(m - k, n)),
-        Mistake("the rank is min(m, n) whatever k is: random numbers in every place never repeat each other. Send the "
-                "input through fewer numbers first: a product of two factors.", lambda m, n, k: torch.randn(m, n)),
+        Mistake("the rank is min(m, n) whatever k is: a random row is never a mixture of the others by accident. Send "
+                "the input through fewer numbers first: a product of two factors.", lambda m, n, k: torch.randn(m, n)),
         Mistake("the shape is (n, m), it should be (m, n): the factor with m rows stands on the left.",
                 lambda m, n, k: torch.randn(n, n - k) @ torch.randn(n - k, m)),
     ],
@@ -136,7 +136,7 @@ def echelon_by_hand(answer) -> Verdict:
     if blank(answer):
         return NOT_ATTEMPTED
     try:
-        rows = [list(row) for row in (answer.tolist() if isinstance(answer, torch.Tensor) else answer)]
+        rows = [list(row) for row in (answer.tolist() if hasattr(answer, "tolist") else answer)]
         if [len(row) for row in rows] != [3, 3, 3]:
             return not_yet(f"three rows of three numbers were expected, yours have {[len(row) for row in rows]} "
                            "(write zero rows too)")
@@ -166,6 +166,8 @@ def _rows_and_row(generator):
     if int(whole(1)) % 2:
         rows[-1] = rows[0] - 2 * rows[1]
     row = {0: rows[1], 1: 3 * rows[0], 2: rows[0] + 2 * rows[1] - rows[2], 3: whole(5)}[kind]
+    if kind == 1:  # a seventh of a given row: amounts need not be whole numbers
+        row, rows[0] = rows[0], 7 * rows[0]
     return rows.tolist(), row.tolist()
 
 
@@ -205,8 +207,8 @@ def blind_in(answer) -> Verdict:
             return not_yet(f"shape {(m, n)} was expected, yours is {tuple(W.shape)}  (called with {m}, {n}, {k})")
         ranks.append(numerical_rank(W))
     if ranks == [n - k for _, n, k in cases]:
-        return right("the width n - k in the middle lets n - k directions pass and no more. With the names B and A for "
-                     "the two factors this is LoRA's update: with a small r it is blind in nearly all directions.")
+        return right("rank n - k, so k directions vanish. As a product B A with n - k numbers in the middle this is "
+                     "LoRA's update: with a small r it is blind in nearly all directions.")
     known = {of_rank_k: [k for _, _, k in cases], rows_minus_k: [min(m - k, n) for m, n, k in cases],
              full: [min(m, n) for m, n, _ in cases]}
     if found := next((message for message, typical in known.items() if ranks == typical), None):
@@ -248,8 +250,9 @@ def _in_units(generator):
     share, r, kind = (1e-2, 1e-3)[whole(0, 2)], whole(2, 4), whole(0, 3)
     U = torch.linalg.qr(torch.cat([torch.ones(m, 1).double(), normal(m, r - 1)], 1)).Q  # (m, r), the first one constant
     V = normal(r, n)
-    if kind == 1:  # nearly the same way
-        U, V = U[:, :2], torch.stack([torch.ones(n), 0.6 * share * (-1.0) ** torch.arange(n)]).double()  # (2, n)
+    if kind == 1:  # nearly the same way, the second direction just below the bar or just above it
+        tilt = (0.6, 6.0)[whole(0, 2)] * share
+        U, V = U[:, :2], torch.stack([torch.ones(n), tilt * (-1.0) ** torch.arange(n)]).double()  # (2, n)
     W = U @ V + 1e-7 * normal(m, n)
     if kind == 2:  # a row that is far too short to count
         W[-1] *= 1e-5 * normal(n)

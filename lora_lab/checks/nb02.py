@@ -60,7 +60,7 @@ def _draw_low_rank(generator):
 def low_rank(answer):
     return grade(answer, linalg.truncate, _draw_low_rank, MISTAKES["low_rank"],
                  "torch.svd returned V, torch.linalg.svd returns its transpose Vh; the old code runs with the new "
-                 "function on every shape and is wrong on all of them.")
+                 "function on every shape, and is wrong on all that have more than one column.")
 
 
 # 4 · the pseudo-inverse from the SVD
@@ -165,7 +165,7 @@ def _invariants(function):
         result = function(A, B)
         if blank(result):
             return result
-        A2, B2 = matrices(result, "two matrices, A2 (r, n) and B2 (m, r)")
+        A2, B2 = matrices(result, "two torch matrices, A2 (r, n) and B2 (m, r)")
         if len(A2) != B2.shape[1]:
             raise WrongForm(f"B2 @ A2 must be possible, and A2 comes first: {tuple(A2.shape)}, {tuple(B2.shape)}")
         return B2 @ A2, A2 @ A2.T, B2.T @ B2
@@ -173,26 +173,27 @@ def _invariants(function):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the shape of every matrix that torch makes."""
+    """Notes the shape of every matrix that torch makes, and whether one is handed over to numpy."""
 
     def __init__(self):
         super().__init__()
-        self.shapes = set()
+        self.shapes, self.left_torch = set(), False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         made = result if isinstance(result, (tuple, list)) else [result]
+        self.left_torch |= function in (Tensor.numpy, Tensor.__array__)
         self.shapes |= {tuple(M.shape) for M in made if isinstance(M, Tensor)}
         return result
 
 
-def _forms_the_product(function) -> bool:
-    """Whether a matrix of the shape of B @ A, or its transpose, is made on the way."""
+def _on_the_way(function) -> tuple[bool, bool]:
+    """Whether a matrix is handed over to numpy, and whether one of the shape of B @ A, or its transpose, is made."""
     A, B = _draw_pair(torch.Generator().manual_seed(0))
     with _Watch() as watch:
         function(A, B)
     m, n = len(B), A.shape[1]
-    return bool(watch.shapes & {(m, n), (n, m)})
+    return watch.left_torch, bool(watch.shapes & {(m, n), (n, m)})
 
 
 def balance(answer):
@@ -202,8 +203,12 @@ def balance(answer):
                     "of all splits this one has the smallest sum of squares: weight decay pulls B and A towards it.")
     if verdict.outcome == "not yet" and verdict.message not in [m.message for m in mistakes]:
         verdict.message = "I compare B2 @ A2, A2 @ A2.T and B2.T @ B2 with what they should be: " + verdict.message
-    if verdict.outcome == "right" and _forms_the_product(answer):
-        return not_yet(large.message)
+    if verdict.outcome == "right":
+        left_torch, large_made = _on_the_way(answer)
+        if large_made:
+            return not_yet(large.message)
+        if left_torch:
+            return not_yet("the right pair, but I see only what torch makes, and you go through numpy: stay in torch.")
     return verdict
 
 
@@ -233,6 +238,9 @@ MISTAKES = {
     "low_rank": [
         Mistake("this is still the bug: you take columns of Vh, turned round. The third result of torch.linalg.svd is "
                 "already transposed; the right singular vectors are its rows.", _ported),
+        Mistake("this is still the bug, now with the thin form: .t() turns the rows of Vh into columns. Leave it out "
+                "and take Vh[:r].",
+                lambda W, r: _thin(W)[0][:, :r] @ torch.diag(_thin(W)[1][:r]) @ _thin(W)[2].t()[:r]),
         Mistake("the singular values are missing: U_r @ Vh_r stretches every kept direction by 1.",
                 lambda W, r: _thin(W)[0][:, :r] @ _thin(W)[2][:r]),
         Mistake("Vh[:, :r] takes columns of Vh, that is one coordinate of every direction; the directions are its "
@@ -242,7 +250,8 @@ MISTAKES = {
     "pseudo_inverse": [
         Mistake("you divide by singular values that are zero up to rounding, and the result explodes: keep only those "
                 "above tol * S[0].", lambda W, tol=0.0: _pseudo_inverse(W, -1.0)),
-        Mistake("right for the default, but you do not use `tol`: what is at most tol * S[0] counts as zero.",
+        Mistake("right for the default, but for another `tol` your bar is not tol * S[0]: what is at most that counts "
+                "as zero.",
                 lambda W, tol=1e-9: _pseudo_inverse(W)),
         Mistake("`tol` is relative: compare with tol * S[0], or a small matrix loses its directions and a large one "
                 "keeps its rounding errors.", lambda W, tol=1e-9: _pseudo_inverse(W, tol, relative=False)),

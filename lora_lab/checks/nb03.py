@@ -41,7 +41,9 @@ def _told(function):
             return found
         A, B = matrices(found, "two matrices, A (r, in) and B (out, r)")
         shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
-        return shapes, B @ A if B.shape[-1:] == A.shape[:1] else A
+        if B.shape[-1:] == A.shape[:1]:
+            return shapes, B @ A
+        return shapes, A @ B if A.shape[-1:] == B.shape[:1] else A  # the other way round
     return judged
 
 
@@ -53,14 +55,18 @@ MISTAKES = {
                 lambda X, share: _components(X, share, centred=False)),
         Mistake("X is centred now, but energy squares the eigenvalues, which are squares already: hand it their roots.",
                 lambda X, share: _components(X, share, squared_twice=True)),
+        Mistake("X.mean() is one number for all: subtract the mean of each column, X.mean(0).",
+                lambda X, share: _components(X - X.mean(), share, centred=False)),
+        Mistake("Your result does not depend on share.", lambda X, share: _components(X, 0.9)),
         Mistake("eigvalsh returns the smallest eigenvalue first; turn the list round before adding up.",
                 lambda X, share: _components(X, share, ascending=True)),
     ],
     "best_rank": [
-        Mistake("Three tastes, yes, but the marks lie around 6 and not around 0: an average is one more direction.", 3),
+        Mistake("Three tastes, yes, but average, generosity and quality are in the table too: beside an average of 6 "
+                "these three together are nearly one more direction.", 3),
         Mistake("Counted exactly, generosity and quality are two more directions. But beside an average of 6 they are "
-                "so small that one direction nearly holds both, and a fifth mostly fits whims.", 5),
-        Mistake("The highest rank fits the *seen* marks best, whims included. Unseen marks have other whims.", 20),
+                "so small that one direction nearly holds both, and a fifth cannot be told from 30 % of the marks.", 5),
+        Mistake("The highest rank fits the *seen* marks best, and that says little about the unseen ones.", 20),
         Mistake("One direction can say who is generous and which film is good, but nothing about taste.", 1),
     ],
     "escaped": [
@@ -112,7 +118,8 @@ def components(answer) -> Verdict:
     def draw(g):
         n, d = _size(g, 60, 90), _size(g, 20, 40)
         scale = torch.arange(1, d + 1) ** -0.7  # (d,)
-        return torch.randn(n, d, generator=g) * scale + 0.6 * torch.rand(d, generator=g), 0.9
+        share = (0.7, 0.8, 0.9, 0.95)[_size(g, 0, 4)]
+        return torch.randn(n, d, generator=g).exp() * scale + 0.6 * torch.rand(d, generator=g), share  # skewed
 
     return grade(answer, _components, draw, MISTAKES["components"],
                  "both errors made the data look simpler than they are, and nothing crashed.")
@@ -120,7 +127,7 @@ def components(answer) -> Verdict:
 
 def best_rank(answer) -> Verdict:
     return grade_value(answer, 4, MISTAKES["best_rank"],
-                       "three tastes and the average: the rank that predicts best counts what stands out from whim.",
+                       "three tastes and the average: the rank that predicts best counts what stands out.",
                        hint="Count the directions that stand out from whim and would repeat in marks not yet given.")
 
 
@@ -140,7 +147,8 @@ def growth(answer) -> Verdict:
 
 
 def conclusion(answer) -> Verdict:
-    letter, *numbers = re.findall("[ABC123]", str(answer).upper()) or [""]  # "b3", "B 3" and ["B", 2, 3] say it as well
+    # "b3", "B, 2 and 3" and ["B", 2, 3] say it as well; an A within a word is none
+    letter, *numbers = re.findall("(?<![A-Z])[ABC](?![A-Z])|[123]", str(answer).upper()) or [""]
     if letter in ("A", "B", "C") and numbers and set(numbers) <= {"1", "2", "3"}:
         answer = letter, int(min(numbers))
     also_right = answer == ("B", 3)

@@ -133,5 +133,6 @@ def share_right(answer) -> Verdict:
 
 
 def share_of_nines(answer) -> Verdict:
-    return grade_value(answer, 0.0, MISTAKES["share_of_nines"], "no example of either training asks for a larger logit 9, and now all ask for a larger 8.",
+    return grade_value(answer, 0.0, MISTAKES["share_of_nines"],
+                       "no example of either training asks for a larger logit 9, and now all ask for a larger 8.",
                        hint="Think of the sign of the gradient at logit 9.", tol=0.02)
