@@ -224,14 +224,20 @@ def pissa_start(answer) -> Verdict:
 def adapted(answer) -> Verdict:
     def with_gradient(function):
         def both(x, W, A, B, s):
-            x.requires_grad_(True)
+            for tensor in (x, A, B):
+                tensor.requires_grad_(True)
             h = function(x, W, A, B, s)
             if blank(h):
                 return h
             if not h.requires_grad:
-                raise WrongForm("nothing of your result depends on x for autograd: everything stood under no_grad")
+                raise WrongForm("nothing of your result has a gradient for autograd: everything stood under no_grad")
             weights = torch.linspace(-1, 2, h.numel()).reshape(h.shape)
-            return h, torch.autograd.grad((h * weights).sum(), x)[0]
+            dx, *trained = torch.autograd.grad((h * weights).sum(), (x, A, B), allow_unused=True)
+            if any(gradient is None for gradient in trained):
+                raise WrongForm("A and B get no gradient, and they are what is trained: only W is frozen")
+            if dx is None:
+                raise WrongForm("no gradient reaches x")
+            return h, dx, *trained
         return both
 
     def draw(g):
@@ -241,7 +247,7 @@ def adapted(answer) -> Verdict:
     mistakes = [Mistake(message, with_gradient(function)) for message, function in MISTAKES["adapted"]]
     truth = with_gradient(lambda x, W, A, B, s: x @ W.T + s * (x @ A.T) @ B.T)
     return grade(with_gradient(answer), truth, draw, mistakes,
-                 "output and gradient are right: earlier adapters learn from true gradients.")
+                 "output and gradients are right: earlier adapters learn from true gradients.")
 
 
 def scale(answer) -> Verdict:
