@@ -37,10 +37,15 @@ def _adapters(generator):
     mix = torch.tensor([[2.1, 0.9], [0.7, 1.3]])
     other, left = torch.randn(m, r, generator=generator), torch.randn(m, r, generator=generator)
     left -= left.mean(0)  # its columns add up to 0: B + left gives another update with the same sum
-    return [(A, B, mix @ A, B @ torch.linalg.inv(mix)), (A, B, A, other / other.norm() * B.norm()),
+    right = torch.randn(r, n, generator=generator)
+    right -= right.mean(1, keepdim=True)  # the same for its rows
+    end, last = torch.zeros(m, r), torch.zeros(r, n)
+    end[-1], last[:, -1] = 1, 1  # another update in the last row, or in the last column, alone
+    return [(A, B, A + right, B), (A, B, A, B + end), (A, B, A + last, B), (A, B, A, 1.01 * B),
+            (A, B, mix @ A, B @ torch.linalg.inv(mix)), (A, B, A, other / other.norm() * B.norm()),
             (A, B, A.clone(), B.clone()), (A, B, A, -B),
             (A, B, 2 * A, B / 2), (A, B, A, 2 * B), (A, B, A, B + left),
-            (A.abs(), B, A.abs(), B + 1)][torch.randint(8, (1,), generator=generator)]
+            (A.abs(), B, A.abs(), B + 1)][torch.randint(12, (1,), generator=generator)]
 
 
 def _later_phi(V1, V2, first, last):
@@ -102,7 +107,8 @@ MISTAKES = {
                 lambda A1, B1, A2, B2: _close(A1, A2) and _close(B1, B2)),
         Mistake("the products differ by rounding, in the seventh digit: compare them with a tolerance",
                 lambda A1, B1, A2, B2: torch.equal(B1 @ A1, B2 @ A2)),
-        Mistake("two updates of the same size need not be the same: compare every entry of B A, not its norm",
+        Mistake("two updates of the same size need not be the same: compare every entry of B A with its sign, not "
+                "its size or its norm",
                 lambda A1, B1, A2, B2: bool(torch.isclose((B1 @ A1).norm(), (B2 @ A2).norm(), rtol=1e-3))),
         Mistake("a cosine has no length: two updates in the same direction need not be equally large",
                 lambda A1, B1, A2, B2: bool(torch.isclose(torch.cosine_similarity(
@@ -184,7 +190,7 @@ def relative_error(answer) -> Verdict:
 
 
 def same_update(answer) -> Verdict:
-    return grade(answer, _same_update, _adapters, MISTAKES["same_update"], rounds=40,
+    return grade(answer, _same_update, _adapters, MISTAKES["same_update"], rounds=60,
                  why="A and B are only two of many ways to write an update; what the layer feels is B A")
 
 
