@@ -24,7 +24,7 @@ class _Peak(threading.Thread):
             total = sum(_of(child, lambda c: getattr(m := c.memory_full_info(), "pss", m.uss)) for child in children)
             if total > self.peak:
                 self.peak, self.cuda = total, sum(_of(child, _cuda) for child in children)
-            time.sleep(0.2)
+            time.sleep(1)  # not more often: a look takes some 60 ms of a core, which the notebook lacks then
 
 
 def _of(process, measure) -> int:

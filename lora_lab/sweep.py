@@ -13,6 +13,7 @@ from pathlib import Path
 
 import joblib
 import torch
+from IPython import get_ipython
 from IPython.utils.capture import capture_output
 
 from lora_lab.cache import folder, keep, key
@@ -22,6 +23,10 @@ from lora_lab.progress import progress
 PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
     PROCESSES.set_forkserver_preload(["lora_lab.sweep_preload"])
+    if get_ipython():  # in a notebook it loads while the first cells are read: the first sweep need not wait
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
 
 
 def sweep(run, settings, *, label: str, workers: int | None = None) -> list:
