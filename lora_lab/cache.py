@@ -11,13 +11,12 @@ from pathlib import Path
 def folder() -> Path:
     """The cache folder: $LORA_LAB_CACHE, else .cache/ beside the notebooks, else (read-only checkout) in the home
     folder, else in the temporary folder. It can be deleted at any time."""
-    home = os.path.expanduser("~")  # stays "~" for a user without a home folder
     chosen = os.environ.get("LORA_LAB_CACHE")
-    candidates = [chosen] if chosen else [
-        Path(__file__).parents[1] / ".cache", *([Path(home, ".cache", "lora_lab")] if home != "~" else []),
-        Path(tempfile.gettempdir(), "lora_lab_cache")]
-    for path in map(Path, candidates):
-        with suppress(OSError):
+    candidates = [Path(chosen)] if chosen else [
+        Path(__file__).parents[1] / ".cache", Path("~/.cache/lora_lab"), Path(tempfile.gettempdir(), "lora_lab_cache")]
+    for path in candidates:
+        with suppress(OSError, RuntimeError):  # RuntimeError: "~" for a user without a home folder
+            path = path.expanduser()
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 return path

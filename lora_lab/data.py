@@ -3,7 +3,6 @@
 import functools
 import gzip
 import hashlib
-import struct
 import urllib.request
 from contextlib import suppress
 from http.client import HTTPException
@@ -96,8 +95,8 @@ def _read_idx(name: str) -> Tensor:
                         "off or swapped. Put it back with `git checkout -- data/MNIST/raw`, or delete it and run this "
                         "again while online.")
     raw = bytearray(gzip.decompress(packed))  # a bytearray, since torch wants memory that it may write to
-    axes = raw[3]  # IDX format: two zero bytes, the type, the number of axes; then each axis as a big-endian int32
-    return torch.frombuffer(raw, dtype=torch.uint8, offset=4 + 4 * axes).view(struct.unpack_from(f">{axes}i", raw, 4))
+    shape = (-1, 28, 28) if "images" in name else (-1,)  # before the pixels: 4 bytes, and 4 for each axis
+    return torch.frombuffer(raw, dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
 
 
 def _original(packed: bytes, name: str) -> bool:

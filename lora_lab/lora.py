@@ -51,9 +51,8 @@ class LoRALinear(nn.Linear):
             raise TypeError(f"LoRALinear adapts an nn.Linear, not a {type(base).__name__}")
         _check(base, r, alpha, dropout, init)
         super().__init__(base.in_features, base.out_features, device="meta")  # meta: no memory, no random numbers
-        self.weight, self.bias = base.weight.requires_grad_(False), base.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        base.requires_grad_(False)
+        self.weight, self.bias = base.weight, base.bias
         self.r, self.alpha, self.rslora = r, alpha, rslora
         self.scaling = alpha / (math.sqrt(r) if rslora else r)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()

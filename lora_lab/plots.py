@@ -76,21 +76,20 @@ def curves(series: dict, *, title: str, alt: str = "", ax=None, marks: dict | No
 
 
 def bars(values: dict, *, title: str, alt: str, fmt="{:.1f}", size=(6.4, 3.2), **axes) -> None:
-    """Bars with their value above: {label: value}, or {label: {group: value}} for grouped ones."""
+    """Groups of bars with their value above: {label: {group: value}}."""
     fig, ax = figure(size=size)
-    rows = [value if isinstance(value, dict) else {"": value} for value in values.values()]
-    groups, at = list(rows[0]), np.arange(len(rows))
+    rows, at = list(values.values()), np.arange(len(values))
+    groups = list(rows[0])
     width = 0.8 / len(groups)
     for k, group in enumerate(groups):
         heights = [row[group] for row in rows]
         drawn = ax.bar(at + (k - (len(groups) - 1) / 2) * width, heights, width * 0.94, color=COLOURS[k], label=group,
-                       hatch=["", "//", "..", "xx"][k % 4], edgecolor="white")
+                       hatch=["", "//", "..", "xx"][k], edgecolor="white")
         ax.bar_label(drawn, [fmt.format(h).replace("-", "−") for h in heights], fontsize=8.5, padding=2)
     ax.set_xticks(at, list(values))
     ax.grid(False, axis="x")
     ax.set(title=title, **axes)
-    if len(groups) > 1:
-        ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, never over them
+    ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, never over them
     show(fig, alt)
 
 
@@ -98,7 +97,7 @@ def images(pictures, captions=None, *, title: str, alt: str, columns: int = 8, s
            signed: bool = False) -> None:
     """Grey pictures in rows: (n, h, w), or flat MNIST digits (n, 784). `signed`: a blue-white-red scale around zero."""
     pictures = [np.asarray(p, dtype=float) for p in pictures]
-    pictures = [p.reshape(28, 28) if p.size == 784 else p.squeeze() for p in pictures]
+    pictures = [p.reshape(28, 28) if p.ndim == 1 else p for p in pictures]
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     size = 1.05 * columns * scale, (1.05 + 0.22 * bool(captions)) * rows * scale + 0.35

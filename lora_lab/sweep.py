@@ -1,6 +1,5 @@
 """Many short training runs on all cores, each result kept as soon as it is there."""
 
-import functools
 import inspect
 import json
 import multiprocessing
@@ -8,6 +7,7 @@ import symtable
 import sys
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from IPython.utils.capture import capture_output
 from lora_lab.cache import folder, keep, key
 from lora_lab.progress import progress
 
+PACKAGE = key([file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))])  # as it was when imported
 # On Linux one process loads torch and the data, and every worker is forked from that one and shares its memory.
 PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
@@ -40,7 +41,7 @@ def sweep(run, settings, *, label: str, workers: int | None = None) -> list:
     What a run raises is raised here, with a note that names the setting; what is finished stays.
     """
     settings = list(settings)
-    kept = folder() / f"sweep-{key(_code(run), torch.__version__, _package())}"
+    kept = folder() / f"sweep-{key(_code(run), torch.__version__, PACKAGE)}"
     kept.mkdir(exist_ok=True)
     files = [kept / f"{key(run.__name__, sorted(setting.items()))}.json" for setting in settings]
     results = [_read(file) for file in files]
@@ -77,11 +78,8 @@ def _finished(run, setting: dict, file: Path) -> str:
 
 def _read(file: Path) -> dict | None:
     """A kept result; None if there is none, or if it is damaged."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return kept if "result" in kept else None
-    except (OSError, ValueError, TypeError):
-        return None
+    with suppress(OSError, ValueError):
+        return json.loads(file.read_bytes())
 
 
 def _code(thing, users=()) -> str:
@@ -120,9 +118,3 @@ def _value(thing, name: str, value) -> str:
     except TypeError:
         raise TypeError(f"{thing.__name__} uses {name}, a {type(value).__name__} from outside. Whether that changed "
                         "since a result was kept cannot be seen: make it inside the function.") from None
-
-
-@functools.cache
-def _package() -> str:
-    """Changes whenever a module of lora_lab does."""
-    return key([file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))])

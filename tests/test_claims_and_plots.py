@@ -100,8 +100,7 @@ TEXTS = dict(title="A message", alt='A rising line, <steep> & "straight".')
 DRAWN = {
     "curves": lambda **t: plots.curves({"a": ([1, 2], [3, 4]), "b": ([1, 2], [1, 2], [0, 1], [2, 3])}, xlabel="x",
                                        ylabel="y", marks={"level": 2}, xscale="log", ylim=(0.1, 5), **t),
-    "bars": lambda **t: plots.bars({"a": 1, "b": 2}, ylabel="y", **t),
-    "grouped bars": lambda **t: plots.bars({"a": {"u": 1, "v": 3}, "b": {"u": 2, "v": 4}}, ylabel="y", **t),
+    "bars": lambda **t: plots.bars({"a": {"u": 1, "v": 3}, "b": {"u": 2, "v": 4}}, ylabel="y", **t),
     "images": lambda **t: plots.images(torch.rand(3, 784), ["a", "b", "c"], columns=2, **t),
     "signed images": lambda **t: plots.images([np.zeros((4, 6))], signed=True, **t),
     "heatmap": lambda **t: plots.heatmap([[1, 2, 3], [4, 5, 6]], numbers="{:.0f}", xticks="abc", yticks="de", **t),

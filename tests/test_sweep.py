@@ -222,7 +222,7 @@ def test_a_function_without_source_is_refused():
 def test_a_change_of_the_package_starts_anew(tmp_path, monkeypatch):
     log = tmp_path / "log"
     for digest in ("a", "b", "a"):
-        monkeypatch.setattr(sweep_module, "_package", lambda digest=digest: digest)
+        monkeypatch.setattr(sweep_module, "PACKAGE", digest)
         sweep(counted, [{"path": str(log), "x": 1}], label="x", workers=1)
     assert len(log.read_text().split()) == 2
 
