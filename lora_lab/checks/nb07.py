@@ -1,6 +1,7 @@
 """Checks of notebook 07: rank and alpha."""
 
 import math
+import re
 from statistics import mean, pstdev, stdev, variance
 
 import torch
@@ -22,32 +23,36 @@ def _unpaired_seeds(a, b, t):
 
 
 def _draw_scores(generator):
-    """Scores of two settings: what a seed does to both is large, their own difference small, up or down."""
+    """Scores of two settings: what a seed does to both is large, their own difference small, up or down; in some draws
+    large, so that fewer seeds would do than there are."""
     n = int(torch.randint(4, 9, (), generator=generator))
     seeds, noise = torch.rand(2, n, generator=generator, dtype=torch.float64)  # (n,) each
     ahead = 0.008 + 0.008 * torch.rand((), generator=generator, dtype=torch.float64)
+    ahead = ahead * 10 if torch.rand((), generator=generator) < 0.3 else ahead
     ahead = ahead if torch.rand((), generator=generator) < 0.5 else -ahead
     b = 0.5 + 0.4 * seeds
     return (b + ahead + 0.1 * (noise - noise.mean())).tolist(), b.tolist(), 2.0 + n / 10
 
 
-def _doubled(valid, gain, *, last_tried=False, against_start=False):
+def _doubled(valid, gain, *, last_tried=False, against_start=False, both_ways=False):
     r = 1
     while 2 * r in valid:
-        if valid[2 * r] - valid[1 if against_start else r] < gain:
+        gained = valid[2 * r] - valid[1 if against_start else r]
+        if (abs(gained) if both_ways else gained) < gain:
             return 2 * r if last_tried else r
         r *= 2
     return r
 
 
 def _draw_validation(generator):
-    """Accuracies of r = 1, 2, ..., 256: they rise to the end, once by exactly the gain; or rise, crawl, dip, rise once
-    more and dip again. All in 1024ths, which are exact in binary."""
+    """Accuracies of r = 1, 2, ..., 256: they rise to the end, once by exactly the gain; or rise, crawl or dip deep, and
+    so on. All in 1024ths, which are exact in binary."""
     steps, gain = torch.randint(20, 51, (9,), generator=generator) / 1024, 10 / 1024  # (9,)
     steps[0] += 0.25
     if torch.rand((), generator=generator) < 0.7:
         stop = int(torch.randint(1, 5, (), generator=generator))
-        steps[stop:stop + 3] = torch.tensor([gain / 2, gain / 2, -gain])
+        crawl, dip = [gain / 2, gain / 2, -gain], [-2 * gain, gain / 2, gain / 2]
+        steps[stop:stop + 3] = torch.tensor(crawl if torch.rand((), generator=generator) < 0.6 else dip)
         steps[7], steps[8] = 0.1875, -0.0625
     else:
         steps[4] = gain
@@ -67,11 +72,16 @@ def _report(valid, test, *, choose_by, score_by):
 
 
 def _draw_two_tables(generator):
-    """Two tables {r: accuracy} whose best ranks differ."""
+    """Two tables {r: accuracy} whose best ranks differ; the first has a close second, at a lower rank if it can, and the
+    second is at its best rank the better one or the worse one."""
     order = torch.randperm(8, generator=generator).tolist()
     values = [(torch.rand(8, generator=generator) * 0.4 + 0.3).tolist() for _ in range(2)]
     for table, best in zip(values, order, strict=False):
         table[best] = 0.9 + 0.01 * best
+    valid, test = values
+    valid[min(order[2:])] = valid[order[0]] - 0.0005
+    test[order[0]] = valid[order[0]] + (0.005 if torch.rand((), generator=generator) < 0.5 else -0.2)
+    test[order[1]] = 0.999
     return [{2**k: value for k, value in enumerate(table)} for table in values]
 
 
@@ -116,6 +126,10 @@ MISTAKES = {
         Mistake("the choice is right, but the accuracy you report is the one you chose by, the luckiest of all. "
                 "Report the test accuracy of the chosen rank.",
                 lambda valid, test: _report(valid, test, choose_by="valid", score_by="valid")),
+        Mistake("max over a dictionary compares its keys, here the ranks. To compare the accuracies: "
+                "max(valid, key=valid.get).", lambda valid, test: (max(valid), test[max(valid)])),
+        Mistake("the rank is right. Report what it has on the test set, whether that is more than on `valid` or less.",
+                lambda valid, test: (lambda r: (r, min(valid[r], test[r])))(max(valid, key=valid.get))),
         Mistake("return the rank first, then its accuracy.",
                 lambda valid, test: _report(valid, test, choose_by="valid", score_by="test")[::-1]),
     ],
@@ -125,6 +139,10 @@ MISTAKES = {
         Mistake("a rise that is too small is enough for you: a doubling has to gain at least `gain`, as a difference, "
                 "not in proportion",
                 lambda valid, gain: _doubled(valid, 1e-9)),
+        Mistake("a fall is no gain: compare the difference itself, not its size",
+                lambda valid, gain: _doubled(valid, gain, both_ways=True)),
+        Mistake("the last doubling, to 256, belongs to the table too", lambda valid, gain: min(
+            _doubled(valid, gain), 128)),
         Mistake("a gain of exactly `gain` still pays: >=", lambda valid, gain: _doubled(valid, gain * 1.0001)),
         Mistake("you compare with r = 1 each time, so the gain never seems to end. Compare each rank with the one "
                 "before it.", lambda valid, gain: _doubled(valid, gain, against_start=True)),
@@ -135,8 +153,8 @@ MISTAKES = {
     ],
     "what_next": [
         Mistake("fc3 has 10 rows: 10 is the largest rank that its update can have. No more is to be had.", "a"),
-        Mistake("a larger alpha takes larger steps, and the step size is tuned already. It does not move what the last "
-                "layer can express.", "b"),
+        Mistake("a larger alpha pays at a high rank. At r = 10 it was tried, with a learning rate of its own, and gained "
+                "nothing; nor does it move what the last layer can express.", "b"),
         Mistake("merging changes the file, not what the model computes.", "d"),
     ],
 }
@@ -169,7 +187,8 @@ def choose_rank(answer) -> Verdict:
 
 
 def what_next(answer) -> Verdict:
-    cleaned = answer.strip(" ().").lower() if isinstance(answer, str) else answer
+    letter = re.match(r"\W*([a-z])\b", answer, re.I) if isinstance(answer, str) else None  # "c) because ..." too
+    cleaned = letter[1].lower() if letter else answer
     return grade_value(cleaned, "c", MISTAKES["what_next"],
                        "the last layer can only recombine what the layers below hand it. With those adapted as well, "
                        "100 steps led further than the last layer alone went.",
