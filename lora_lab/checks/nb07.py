@@ -72,8 +72,8 @@ def _report(valid, test, *, choose_by, score_by):
 
 
 def _draw_two_tables(generator):
-    """Two tables {r: accuracy} whose best ranks differ; the first has a close second, at a lower rank if it can, and the
-    second is at its best rank the better one or the worse one."""
+    """Two tables {r: accuracy} whose best ranks differ. The first has a close second; at its best rank the second table
+    is sometimes higher, sometimes lower."""
     order = torch.randperm(8, generator=generator).tolist()
     values = [(torch.rand(8, generator=generator) * 0.4 + 0.3).tolist() for _ in range(2)]
     for table, best in zip(values, order, strict=False):
@@ -153,8 +153,7 @@ MISTAKES = {
     ],
     "what_next": [
         Mistake("fc3 has 10 rows: 10 is the largest rank that its update can have. No more is to be had.", "a"),
-        Mistake("a larger alpha pays at a high rank. At r = 10 it was tried, with a learning rate of its own, and gained "
-                "nothing; nor does it move what the last layer can express.", "b"),
+        Mistake("another seed brings another luck, a point or two. What is missing here is far more.", "b"),
         Mistake("merging changes the file, not what the model computes.", "d"),
     ],
 }
