@@ -77,15 +77,19 @@ def test_make_test_and_the_workflow_run_nbval_alike():
     assert not [option for option in OPTIONS if option not in workflow]
 
 
-def test_a_cell_may_take_some_times_what_its_stored_progress_lines_say():
+def test_a_cell_may_take_some_times_what_its_stored_progress_lines_say(monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     assert cell_timeout(cell("1"), 120) == 25 and cell_timeout(cell("1"), 3) == 3
     assert cell_timeout(cell("1", value="◷ base model: from the cache"), 120) == 25
     assert cell_timeout(cell("1", value="◷ fit: 588 steps, 5.5 s"), 120) == 52.5
     assert cell_timeout(cell("1", value="◷ trade-offs: 25 runs, 60.0 s"), 120) == 120
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert cell_timeout(cell("1", value="◷ fit: 588 steps, 5.5 s"), 120) == 91
 
 
-def test_a_shipped_cell_without_end_would_be_stopped_in_seconds():
+def test_a_shipped_cell_without_end_would_be_stopped_in_seconds(monkeypatch):
     """Nine cells in ten after 25 s, 19 in 20 after at most 40; and none may take all that a cell may ever take."""
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     cells = [c for path in notebooks.paths() for c in notebooks.read(path).cells if c.cell_type == "code"]
     limits = sorted(cell_timeout(c, 120) for c in cells)
     assert limits[len(limits) * 9 // 10] == 25 and limits[len(limits) * 19 // 20] <= 40 and limits[-1] < 120
