@@ -84,7 +84,7 @@ def bars(values: dict, *, title: str, alt: str, fmt="{:.1f}", size=(6.4, 3.2), *
     for k, group in enumerate(groups):
         heights = [row[group] for row in rows]
         drawn = ax.bar(at + (k - (len(groups) - 1) / 2) * width, heights, width * 0.94, color=COLOURS[k], label=group,
-                       hatch=["", "//", "..", "xx"][k], edgecolor="white")
+                       hatch=["", "//", "..", "xx"][k % 4], edgecolor="white")
         ax.bar_label(drawn, [fmt.format(h).replace("-", "−") for h in heights], fontsize=8.5, padding=2)
     ax.set_xticks(at, list(values))
     ax.grid(False, axis="x")
@@ -95,9 +95,9 @@ def bars(values: dict, *, title: str, alt: str, fmt="{:.1f}", size=(6.4, 3.2), *
 
 def images(pictures, captions=None, *, title: str, alt: str, columns: int = 8, scale: float = 1.0,
            signed: bool = False) -> None:
-    """Grey pictures in rows: (n, h, w), or flat MNIST digits (n, 784). `signed`: a blue-white-red scale around zero."""
+    """Grey pictures in rows: (n, h, w), (n, 1, h, w), or flat MNIST digits (n, 784). `signed`: blue, white, red."""
     pictures = [np.asarray(p, dtype=float) for p in pictures]
-    pictures = [p.reshape(28, 28) if p.ndim == 1 else p for p in pictures]
+    pictures = [p.reshape(28, 28) if p.ndim == 1 else p.squeeze() for p in pictures]
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     size = 1.05 * columns * scale, (1.05 + 0.22 * bool(captions)) * rows * scale + 0.35

@@ -78,8 +78,9 @@ def _finished(run, setting: dict, file: Path) -> str:
 
 def _read(file: Path) -> dict | None:
     """A kept result; None if there is none, or if it is damaged."""
-    with suppress(OSError, ValueError):
-        return json.loads(file.read_bytes())
+    with suppress(OSError, ValueError, TypeError):
+        kept = json.loads(file.read_bytes())
+        return kept if "result" in kept else None
 
 
 def _code(thing, users=()) -> str:

@@ -102,6 +102,8 @@ DRAWN = {
                                        ylabel="y", marks={"level": 2}, xscale="log", ylim=(0.1, 5), **t),
     "bars": lambda **t: plots.bars({"a": {"u": 1, "v": 3}, "b": {"u": 2, "v": 4}}, ylabel="y", **t),
     "images": lambda **t: plots.images(torch.rand(3, 784), ["a", "b", "c"], columns=2, **t),
+    "images with a channel": lambda **t: plots.images(torch.rand(3, 1, 28, 28), **t),
+    "images of 784 pixels": lambda **t: plots.images(torch.rand(3, 14, 56), **t),
     "signed images": lambda **t: plots.images([np.zeros((4, 6))], signed=True, **t),
     "heatmap": lambda **t: plots.heatmap([[1, 2, 3], [4, 5, 6]], numbers="{:.0f}", xticks="abc", yticks="de", **t),
     "plane": lambda **t: plots.plane({"W": [[2, 1], [0, 1]], "I": np.eye(2)}, vectors={"W": [(1, 0)]}, **t),

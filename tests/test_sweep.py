@@ -150,6 +150,14 @@ def test_a_result_that_json_cannot_keep(own_cache):
     assert not kept(own_cache)
 
 
+@pytest.mark.parametrize("damage", ["", "{", "null", "5", "[]", "{}"])
+def test_a_damaged_result_is_computed_again(own_cache, damage):
+    assert sweep(double, [{"x": 4}], label="x", workers=1) == [{"twice": 8}]
+    kept(own_cache)[0].write_text(damage)
+    assert sweep(double, [{"x": 4}], label="x", workers=1) == [{"twice": 8}]
+    assert "twice" in kept(own_cache)[0].read_text()
+
+
 def test_fresh_and_kept_results_are_the_same():
     def run(x):
         return {"pair": (x, 1), "nothing": None}
