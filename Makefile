@@ -56,7 +56,7 @@ test-unit: env-test
 test-notebooks: env-test
 	@echo "== 2 of 3: every cell of every notebook gives what is stored"
 	OMP_NUM_THREADS=1 $(PY) -m pytest --nbval notebooks -n 2 --dist loadfile --nbval-current-env \
-	    --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider \
+	    --nbval-cell-timeout=60 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider \
 	    -p tests.nbval_strict
 
 test-solved: env-test

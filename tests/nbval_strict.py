@@ -1,10 +1,11 @@
 """What `pytest --nbval` lacks; loaded with `-p tests.nbval_strict`.
 
-A kernel that has died is noticed within a second (nbval waits for the whole cell timeout), a cell without end ends in
-about the time that such a cell may take, and a cell that was never run fails (nbval compares nothing and passes it).
+A kernel that has died is noticed within a second (nbval waits for the whole cell timeout). The cell timeout is how long
+a cell may be silent, so that a slow machine may take its time over a sweep whose progress line moves, and yet a cell
+without end ends soon; one that talks without end ends after LONGEST timeouts. A cell that was never run fails (nbval
+compares nothing and passes it).
 """
 
-import os
 import time
 from queue import Empty
 
@@ -12,17 +13,23 @@ import pytest
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell
 
+LONGEST = 5
 
-def await_reply(self, msg_id, timeout=None):
-    """As nbval's, but looks every second whether the kernel still lives."""
-    end = None if timeout is None else time.monotonic() + timeout
+
+def await_reply(self, msg_id, timeout):
+    """As nbval's, but looks every second whether the kernel lives and what it has said meanwhile."""
+    heard = self.heard = vars(self).get("heard", [])  # for get_message
+    end, silent_until = time.monotonic() + LONGEST * timeout, time.monotonic() + timeout
     while True:
         try:
-            message = self.get_message("shell", timeout=1 if end is None else min(1, max(0, end - time.monotonic())))
+            message = self.kc.get_shell_msg(timeout=min(1, timeout))
         except Empty:
             if not self.is_alive():
                 pytest.fail("the kernel died in this cell", pytrace=False)
-            if end is not None and time.monotonic() >= end:
+            while self.kc.iopub_channel.msg_ready():
+                heard.append(self.kc.get_iopub_msg())
+                silent_until = time.monotonic() + timeout
+            if time.monotonic() >= min(end, silent_until):
                 raise
             continue
         if message["parent_header"].get("msg_id") == msg_id:
@@ -31,30 +38,13 @@ def await_reply(self, msg_id, timeout=None):
             return
 
 
+def get_message(self, stream, timeout=None):
+    """As nbval's, but first what await_reply has heard. It is asked for what a cell puts out, once the cell is over."""
+    return self.heard.pop(0) if self.heard else self.kc.get_iopub_msg(timeout=timeout)
+
+
 RunningKernel.await_reply = await_reply
-
-
-def cell_timeout(cell, given: float) -> float:
-    """25 s, and five times the seconds that the stored progress lines of the cell give; at most `given`.
-
-    A cell that works for more than 3 s shows progress, so one that runs on has gone astray. With the processor's
-    instructions limited to SSE4.2 twelve times: beside another notebook a sweep of 7.3 s took more than 62 there."""
-    times = 12 if os.environ.get("ATEN_CPU_CAPABILITY") == "default" else 5
-    lines = [output.get("data", {}).get("text/plain", "") for output in cell.get("outputs", [])]
-    stored = sum(float(line.split()[-2]) for line in lines if line.startswith("◷") and line.endswith(" s"))
-    return min(given, 25 + times * stored)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    if not isinstance(item, IPyNbCell):
-        return (yield)
-    option = item.config.option
-    given, option.nbval_cell_timeout = option.nbval_cell_timeout, cell_timeout(item.cell, option.nbval_cell_timeout)
-    try:
-        return (yield)
-    finally:
-        option.nbval_cell_timeout = given
+RunningKernel.get_message = get_message
 
 
 def pytest_runtest_setup(item):
