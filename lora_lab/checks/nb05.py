@@ -132,7 +132,8 @@ MISTAKES = {
     ],
     "merged_weight": [
         Mistake("right the first time, but W itself was changed: a second call would add the change twice", _in_place),
-        Mistake("the right weight, but W was changed and then changed back: not every bit of it came back", _and_back),
+        Mistake("the right weight both times, but W is no longer what it was, to the last bit: changed in place, and "
+                "not (or not exactly) changed back", _and_back),
         Mistake("the scale s is missing", lambda W, A, B, s: W + B @ A),
         Mistake("that takes the change off; merging adds it", lambda W, A, B, s: W - s * B @ A),
     ],
