@@ -188,12 +188,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _on_the_way(function) -> tuple[bool, bool]:
-    """Whether a matrix is handed over to numpy, and whether one of the shape of B @ A, or its transpose, is made."""
+    """Whether a matrix is handed over to numpy, and whether one with more than r rows and columns is made."""
     A, B = _draw_pair(torch.Generator().manual_seed(0))
     with _Watch() as watch:
         function(A, B)
-    m, n = len(B), A.shape[1]
-    return watch.left_torch, bool(watch.shapes & {(m, n), (n, m)})
+    return watch.left_torch, any(len(shape) > 1 and min(shape) > len(A) for shape in watch.shapes)
 
 
 def balance(answer):
@@ -300,8 +299,8 @@ MISTAKES = {
         Mistake("right, but (a) and (d) are special cases of it: G = 2 I and G = Q.", "b"),
     ],
     "balance": [
-        Mistake("right and balanced, but you make an (m, n) matrix on the way. Take Q and R of B and of A.T, and the "
-                "SVD of the small matrix in the middle.", _balanced),
+        Mistake("right and balanced, but on the way you make a matrix with more than r rows and more than r columns. "
+                "Take Q and R of B and of A.T, and the SVD of the small matrix in the middle.", _balanced),
         Mistake("the product is right, but B2 carries all of S and A2 none: give sqrt(S) to each.",
                 _weighted(lambda S: (torch.ones_like(S), S))),
         Mistake("the product is right, but A2 carries all of S and B2 none: give sqrt(S) to each.",

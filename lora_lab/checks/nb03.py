@@ -88,6 +88,8 @@ MISTAKES = {
     ],
     "conclusion": [
         Mistake("B is right, but full rank alone does not show it: white noise has full rank too.", ("B", 1)),
+        Mistake("B is right, but these fifty are more than the 16 to 32 ranks that suffice: to stand out is not to be "
+                "needed.", ("B", 2)),
         Mistake("Measurement 1 says the opposite of A: a rank of 512 is the highest possible.", ("A", 1)),
         Mistake("Measurement 2 says that a few directions stand out, not that the others are zero: 90 % of the energy "
                 "takes over 200 singular values, so W is not of low rank.", ("A", 2)),
@@ -96,7 +98,7 @@ MISTAKES = {
         Mistake("Accuracy does notice damage: look at the ranks 2, 4 and 8 in the table.", ("C", 3)),
         Mistake("The rank of W says nothing about how fine a measure accuracy is. The table does: see ranks 2 to 8.",
                 ("C", 1)),
-        Mistake("If accuracy were too coarse, it would not collapse just where the outstanding directions are cut.",
+        Mistake("If accuracy were too coarse, it would not collapse below rank 16, as it does in the table.",
                 ("C", 2)),
     ],
     "extract": [
@@ -147,12 +149,11 @@ def growth(answer) -> Verdict:
 
 
 def conclusion(answer) -> Verdict:
-    # "b3", "B, 2 and 3" and ["B", 2, 3] say it as well; an A within a word is none
+    # "b3" and ["B", 3] say it as well; an A within a word is none
     letter, *numbers = re.findall("(?<![A-Z])[ABC](?![A-Z])|[123]", str(answer).upper()) or [""]
     if letter in ("A", "B", "C") and numbers and set(numbers) <= {"1", "2", "3"}:
         answer = letter, int(min(numbers))
-    also_right = answer == ("B", 3)
-    return grade_value(("B", 2) if also_right else answer, ("B", 2), MISTAKES["conclusion"],
+    return grade_value(answer, ("B", 3), MISTAKES["conclusion"],
                        "error in the norm and error in the task are two things; only the second one is paid for.",
                        hint='Answer with a pair such as ("A", 1): a letter A, B or C and a number 1, 2 or 3.')
 
