@@ -1,9 +1,9 @@
 """What `pytest --nbval` lacks; loaded with `-p tests.nbval_strict`.
 
 A kernel that has died is noticed within a second (nbval waits for the whole cell timeout). The cell timeout is how long
-a cell may be silent, so that a slow machine may take its time over a sweep whose progress line moves, and yet a cell
-without end ends soon; one that talks without end ends after LONGEST timeouts. A cell that was never run fails (nbval
-compares nothing and passes it).
+a cell may be silent once it has shown something, so that a slow machine may take its time over a sweep whose progress
+line moves; a cell that shows nothing gets SILENT of it, one that talks on and on LONGEST times as much. A cell that was
+never run fails (nbval compares nothing and passes it).
 """
 
 import time
@@ -13,13 +13,14 @@ import pytest
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell
 
-LONGEST = 5
+SILENT, LONGEST = 0.4, 2
+SHOWN = {"stream", "display_data", "execute_result"}
 
 
 def await_reply(self, msg_id, timeout):
     """As nbval's, but looks every second whether the kernel lives and what it has said meanwhile."""
     heard = self.heard = vars(self).get("heard", [])  # for get_message
-    end, silent_until = time.monotonic() + LONGEST * timeout, time.monotonic() + timeout
+    start = last_heard = time.monotonic()
     while True:
         try:
             message = self.kc.get_shell_msg(timeout=min(1, timeout))
@@ -28,8 +29,9 @@ def await_reply(self, msg_id, timeout):
                 pytest.fail("the kernel died in this cell", pytrace=False)
             while self.kc.iopub_channel.msg_ready():
                 heard.append(self.kc.get_iopub_msg())
-                silent_until = time.monotonic() + timeout
-            if time.monotonic() >= min(end, silent_until):
+                last_heard = time.monotonic()
+            patience = timeout if any(message["msg_type"] in SHOWN for message in heard) else SILENT * timeout
+            if time.monotonic() >= min(start + LONGEST * timeout, last_heard + patience):
                 raise
             continue
         if message["parent_header"].get("msg_id") == msg_id:

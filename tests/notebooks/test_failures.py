@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from tests.nbval_strict import LONGEST
+from tests.nbval_strict import LONGEST, SILENT
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
@@ -33,10 +33,10 @@ NOTEBOOKS = {
               cell(NUMBER.format("≈ 0.96 of 9"), 2, "≈ 0.96 of 8"), cell(NUMBER.format("0.96"), 3, "0.97")],
     "loop": [cell("while True: pass")],
     "sleep": [cell("import time; time.sleep(1000)")],
-    "slow": [cell("import time\nfor k in range(5): print(k); time.sleep(0.8)", 1)],
+    "slow": [cell("import time\nfor k in range(3): print(k); time.sleep(2.5)", 1)],
     "chatter": [cell("import time\nwhile True: print(1); time.sleep(0.5)")],
 }
-NOTEBOOKS["slow"][0].outputs = [new_output("stream", name="stdout", text="0\n1\n2\n3\n4\n")]
+NOTEBOOKS["slow"][0].outputs = [new_output("stream", name="stdout", text="0\n1\n2\n")]
 
 
 VERDICTS = {  # a part of what is said of each cell
@@ -47,19 +47,19 @@ VERDICTS = {  # a part of what is said of each cell
     "never_run": ["passed", "never run"],
     "wrong": ["outputs differ", "passed"],
     "about": ["passed", "outputs differ", "outputs differ"],  # only a number behind the sign for "about" may differ
-    "loop": ["Timeout of 2 seconds exceeded"],
-    "sleep": ["Timeout of 2 seconds exceeded"],
-    "slow": ["passed"],  # for 4 s, but never silent for 2
-    "chatter": ["Timeout of 2 seconds exceeded"],  # never silent: after LONGEST times 2 s
+    "loop": ["Timeout of 5 seconds exceeded"],  # having shown nothing, after SILENT of them
+    "sleep": ["Timeout of 5 seconds exceeded"],
+    "slow": ["passed"],  # for 7.5 s, but never silent for 5
+    "chatter": ["Timeout of 5 seconds exceeded"],  # never silent: after LONGEST times 5 s
 }
 
 
 def test_what_must_fail_fails_and_says_why(tmp_path):
-    """All in one run of nbval, with 2 s of silence for a cell: most of it is waiting."""
+    """All in one run of nbval, with 5 s of silence for a cell: most of it is waiting."""
     for name, cells in NOTEBOOKS.items():
         nbformat.write(new_notebook(cells=cells, metadata=SPEC), tmp_path / f"{name}.ipynb")
     given = [option for option in OPTIONS if option not in ("-n", "2", "--dist", "loadfile")]
-    done = subprocess.run([sys.executable, "-m", "pytest", "--nbval", str(tmp_path), *given, "--nbval-cell-timeout=2",
+    done = subprocess.run([sys.executable, "-m", "pytest", "--nbval", str(tmp_path), *given, "--nbval-cell-timeout=5",
                            "--color=no", f"--junitxml={tmp_path}/report.xml"],
                           cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -76,6 +76,7 @@ def test_what_must_fail_fails_and_says_why(tmp_path):
 def test_make_test_and_the_workflow_run_nbval_alike():
     assert "tests.nbval_strict" in OPTIONS, "Makefile: add -p tests.nbval_strict to the line with --nbval"
     timeout = next(option for option in OPTIONS if option.startswith("--nbval-cell-timeout="))
-    assert int(timeout.split("=")[1]) <= 60 and LONGEST <= 5  # an endless cell ends in a minute, or five if it talks
+    # an endless cell ends after 24 s, after 60 without a further word, and after 120 if it talks
+    assert int(timeout.split("=")[1]) <= 60 and (SILENT, LONGEST) == (0.4, 2)
     workflow = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
     assert not [option for option in OPTIONS if option not in workflow]
