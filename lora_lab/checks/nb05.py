@@ -48,13 +48,33 @@ def _and_back(W, A, B, s):
     return merged
 
 
+def _widest(shapes):
+    return max(min(shape) for shape in shapes)
+
+
+def _affordable(shapes, budget):
+    """The largest r whose adapters, each capped at its layer's full rank, have at most `budget` numbers in all."""
+    return max((r for r in range(_widest(shapes) + 1) if sum(min(r, m, n) * (m + n) for m, n in shapes) <= budget),
+               default=-1)
+
+
 MISTAKES = {
-    "last_saving_rank": [
-        Mistake("at equality nothing is saved: r (m + n) must be smaller than m n, not equal",
-                lambda m, n: m * n // (m + n)),
-        Mistake("that is the largest possible rank; the adapter costs more than the weight long before",
-                lambda m, n: min(m, n)),
-        Mistake("a whole number is wanted: ranks are counted", lambda m, n: m * n / (m + n)),
+    "largest_rank": [
+        Mistake("where r is above min(m, n), that layer gets only min(m, n): so it costs no more, and more is left "
+                "for the others",
+                lambda shapes, budget: min(budget // sum(m + n for m, n in shapes), _widest(shapes))),
+        Mistake("beyond the largest min(m, n) no layer can use a higher rank: end there",
+                lambda shapes, budget: budget // sum(m + n for m, n in shapes)),
+        Mistake("you stop where the smallest layer has its full rank; the others can still use more",
+                lambda shapes, budget: min(_affordable(shapes, budget), min(map(min, shapes)))),
+        Mistake("a cost of exactly the budget is still allowed",
+                lambda shapes, budget: _affordable(shapes, budget - 1)),
+        Mistake("you are one too high: the last r that is paid for, not the first that is not",
+                lambda shapes, budget: _affordable(shapes, budget) + 1),
+        Mistake("an adapter has r (m + n) numbers, not r m n", lambda shapes, budget: max(
+            r for r in range(_widest(shapes) + 1) if sum(min(r, m, n) * m * n for m, n in shapes) <= budget)),
+        Mistake("the budget is for all adapters together, not for each", lambda shapes, budget: max(
+            r for r in range(_widest(shapes) + 1) if all(min(r, m, n) * (m + n) <= budget for m, n in shapes))),
     ],
     "joined": [
         Mistake("A's and B's are added, and (B1 + B2)(A1 + A2) contains B1 A2 and B2 A1 as well. (With different ranks "
@@ -145,10 +165,11 @@ MISTAKES = {
 }
 
 
-def last_saving_rank(answer) -> Verdict:
-    shapes = iter([(4, 4), (10, 256), (512, 784), (6, 3), (20, 7)])
-    return grade(answer, lambda m, n: (m * n - 1) // (m + n), lambda g: next(shapes), MISTAKES["last_saving_rank"],
-                 "above this rank an adapter is at least as large as what it adapts.")
+def largest_rank(answer) -> Verdict:
+    cases = iter([([(512, 784), (256, 512), (10, 256)], 18_640), ([(512, 784), (256, 512), (10, 256)], 40_000),
+                  ([(6, 3), (20, 7)], 10_000), ([(30, 40)], 69), ([(12, 5), (8, 9)], 187)])
+    return grade(answer, _affordable, lambda g: next(cases), MISTAKES["largest_rank"],
+                 "for our three layers 18,640 numbers allow r = 8: the adapter of notebook 00.")
 
 
 def joined(answer) -> Verdict:
