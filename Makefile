@@ -73,5 +73,5 @@ editions: env
 	$(PY) -m tools.notebooks editions
 
 clean:
-	rm -rf .cache .pytest_cache .ruff_cache .hypothesis build editions *.egg-info
+	rm -rf .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +

@@ -144,6 +144,56 @@ def test_an_answer_of_the_wrong_kind_gets_a_verdict_and_no_trace(exercise):
         assert verdict(exercise, value).outcome == "not yet", value
 
 
+# --- answers that readers gave, or might give -------------------------------------------------------------------
+
+def joined_in_place(A1, B1, alpha1, A2, B2, alpha2):
+    B1 *= alpha1 / len(A1)
+    B2 *= alpha2 / len(A2)
+    return torch.cat([A1, A2]), torch.cat([B1, B2], dim=1)
+
+
+def chosen_with_pop(valid, gain):
+    r, reached = 1, valid.pop(1)
+    while 2 * r in valid and valid[2 * r] - reached >= gain:
+        r *= 2
+        reached = valid.pop(r)
+    return r
+
+
+def by_both_tables(valid, test):
+    r = max(valid, key=lambda r: valid[r] + test[r])
+    return r, test[r]
+
+
+def equal_points_once(points):
+    def beaten(p):
+        return any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)
+
+    return [points.index(p) for p in points if not beaten(p)]
+
+
+@pytest.mark.parametrize("name, answer, outcome, words", [
+    ("04-logit_gradient", lambda z, y: (z.softmax(1) - torch.nn.functional.one_hot(y)) / len(z), "not yet", "size"),
+    ("04-share_right", lambda z, y: 0.0, "not yet", "you return 0"),
+    ("05-largest_rank", lambda shapes, budget: max(1, (5 - budget) // 2), "not yet", "expected was"),
+    ("05-scale", lambda alpha, r, rslora=False: None, "not yet", "is `return` missing"),
+    ("01-blind_in", lambda m, n, k: None, "not yet", "is `return` missing"),
+    ("05-joined", joined_in_place, "right", ""),
+    ("05-merged_weight", lambda W, A, B, s: (W + s * B @ A).numpy(), "right", ""),
+    ("05-adapted", lambda x, W, A, B, s: x.detach().numpy(), "not yet", "return a torch tensor"),
+    ("05-moves_first", "(A)", "right", ""),
+    ("06-all_ten", 19.83, "not yet", "percentage"),
+    ("06-front", equal_points_once, "not yet", "enumerate"),
+    ("06-front", lambda points: [0], "not yet", "of the 14 points are on the front; you return [0]"),
+    ("07-choose_rank", chosen_with_pop, "right", ""),
+    ("07-honest_report", by_both_tables, "not yet", "by both together")],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_an_answer_that_a_reader_gave(name, answer, outcome, words):
+    exercise, = (e for e in EXERCISES if e.id == name)
+    said = verdict(exercise, answer)
+    assert said.outcome == outcome and words in said.message, said
+
+
 # --- grade and grade_value --------------------------------------------------------------------------------------
 
 def double(answer, mistakes=(), **options):
@@ -181,7 +231,7 @@ def test_what_a_check_finds_wrong_is_not_called_an_error_of_the_reader():
         return A @ B
 
     said = double(checked).message
-    assert said.startswith("expected: two matrices, A and B, you return [tensor (3, 5), tensor (5,)]"), said
+    assert said.startswith("expected, as torch tensors: two matrices, A and B; you return [tensor (3, 5), "), said
 
 
 def test_grade_draws_the_same_each_time_and_several_times():

@@ -170,6 +170,15 @@ def test_a_failed_pip_is_explained_and_tried_again(course, monkeypatch, log, sen
         assert len(calls) == attempt * tries
 
 
+def test_packages_missing_in_a_folder_of_ones_own_are_no_matter_of_the_machine(course, monkeypatch):
+    monkeypatch.setattr(setup_env, "constraints", lambda: ["-c", "constraints.txt"])
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    calls = fake_pip(monkeypatch, "ERROR: No matching distribution found for setuptools>=77", code=1)
+    with pytest.raises(SystemExit, match="The folder that PIP_FIND_LINKS names lacks"):
+        setup_env.make_env()
+    assert len(calls) == 1
+
+
 def test_a_machine_that_the_tested_versions_have_no_build_for_gets_the_ranges(course, monkeypatch, capsys):
     monkeypatch.setattr(setup_env, "constraints", lambda: ["-c", "constraints.txt"])
     calls = fake_pip(monkeypatch)

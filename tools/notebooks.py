@@ -1,8 +1,9 @@
 """For authors and teachers: run the notebooks, make the index of claims, make the editions for a class.
 
-    python -m tools.notebooks run [NAME ...]     run in fresh kernels, clean, store, measure; then the index
-    python -m tools.notebooks index              notebooks/CLAIMS.md from the stored outputs
-    python -m tools.notebooks editions [FOLDER]  an instructor's copy (solved, run) and a handout (no solutions)
+    python -m tools.notebooks run [NAME ...]       run in fresh kernels, clean, store, measure; then the index
+    python -m tools.notebooks index                notebooks/CLAIMS.md from the stored outputs
+    python -m tools.notebooks editions [NAME ...]  a handout (no hints, solutions, outputs) and an instructor's copy
+                                                   (solved and run: minutes), in editions/
 
 An exercise is three or more cells in a row: a code cell tagged "exercise" (the stub), a code cell tagged "check", and
 markdown cells tagged "solution" with <details>; the Python block of the one whose summary says "Solution" replaces the
@@ -22,11 +23,12 @@ from typing import NamedTuple
 
 import nbformat
 from nbclient import NotebookClient
-from nbconvert.preprocessors import TagRemovePreprocessor
+from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor
 
 from lora_lab.claims import VERDICTS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
+EDITIONS = FOLDER.parent / "editions"
 SOLUTION = re.compile(r"<summary>Solution.*?</summary>\s*```python\n(.*?)```", re.S)
 SECONDS = re.compile(r"\b(\d+) s to compute")
 
@@ -86,8 +88,12 @@ def solved(nb):
 
 
 def handout(nb):
-    """The notebook without hints and solutions."""
-    return TagRemovePreprocessor(remove_cell_tags={"solution"}, enabled=True).preprocess(nbformat.from_dict(nb), {})[0]
+    """The notebook without hints and solutions, and without outputs, which would answer what it asks to predict."""
+    nb = nbformat.from_dict(nb)
+    for remove in (TagRemovePreprocessor(remove_cell_tags={"solution"}, enabled=True),
+                   ClearOutputPreprocessor(enabled=True)):
+        nb, _ = remove.preprocess(nb, {})
+    return nb
 
 
 def execute(nb, timeout: int = 600) -> float:
@@ -185,32 +191,37 @@ def run(names=()) -> None:
     write_index()
 
 
-def editions(folder) -> None:
-    """Write folder/instructor (solutions filled in, run) and folder/handout (hints and solutions gone)."""
-    for path in paths():
-        nb = read(path)
-        full = solved(nb)
+def editions(names=(), folder=EDITIONS) -> None:
+    """Write folder/handout (hints, solutions and outputs gone), then folder/instructor (solutions filled in, run)."""
+    def write(edition, name, path):
+        edition.cells[0].source = re.sub("^# .+$", rf"\g<0> ({name})", edition.cells[0].source, count=1, flags=re.M)
+        target = Path(folder) / name.replace("'s copy", "") / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(edition, target)
+        shutil.copy(FOLDER / "CLAIMS.md", target.parent)
+
+    for path in paths(names):
+        write(handout(read(path)), "handout", path)
+    print(f"{folder}: the handout is written. The instructor's copy is run, which takes minutes.", flush=True)
+    for path in paths(names):
+        full = solved(read(path))
         execute(full)
         clean(full)
-        for name, edition in (("instructor", full), ("handout", handout(nb))):
-            target = Path(folder) / name / path.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            nbformat.write(edition, target)
-            shutil.copy(FOLDER / "CLAIMS.md", target.parent)
-        print(f"{path.name}: {len(exercises(nb))} exercises", flush=True)
+        write(full, "instructor's copy", path)
+        print(f"{path.name}: {len(exercises(read(path)))} exercises", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "index", "editions"])
-    parser.add_argument("names", nargs="*", help="run: how the notebooks' names start; editions: the folder to write")
+    parser.add_argument("names", nargs="*", help="how the notebooks' names start; without any: all")
     args = parser.parse_args()
     if args.command == "run":
         run(args.names)
     elif args.command == "index":
         write_index()
     else:
-        editions(args.names[0] if args.names else FOLDER.parent / "editions")
+        editions(args.names)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def make_env(test=False):
     STAMP.write_text("installing")
     extras, versions = ".[test]" if test else ".", constraints()
     log = pip_install(*versions, "-e", extras)
-    if log and versions and NO_BUILD.search(log) and not NO_NETWORK.search(log):  # say, an older macOS
+    offline = NO_NETWORK.search(log) or "PIP_NO_INDEX" in os.environ
+    if log and versions and NO_BUILD.search(log) and not offline:  # say, an older macOS
         print("\nThe tested versions have no build for this machine. So pip takes the newest packages that "
               "pyproject.toml allows: expect it to work, and small differences in what cells print.\n", flush=True)
         log = pip_install("-e", extras)
@@ -144,6 +145,9 @@ def explain_pip(log):
     if NO_NETWORK.search(log):
         return ("pip could not reach the network, which it needs once, for the packages (the course itself then works "
                 "offline). Check the connection or proxy and run the same command again.")
+    if NO_BUILD.search(log) and "PIP_NO_INDEX" in os.environ:
+        return (f"The folder that PIP_FIND_LINKS names lacks a package for this system and Python {venv_version()}, as "
+                "pip's last lines say: download it there (see README, To teach with it).")
     if NO_BUILD.search(log):
         return (f"A package has no build for this machine and Python {venv_version()} (pip's last lines name it). Try "
                 "another Python (make lab PYTHON=python3.12), or conda with environment.yml (see README).")

@@ -62,7 +62,7 @@ def matrices(result, expected: str, count: int = 2):
     """The result, if it is `count` matrices; else WrongForm, with `expected` for what they should be."""
     if (not isinstance(result, (tuple, list)) or len(result) != count
             or not all(isinstance(M, torch.Tensor) and M.ndim == 2 for M in result)):
-        raise WrongForm(f"expected: {expected}, you return {_describe([result])}")
+        raise WrongForm(f"expected, as torch tensors: {expected}; you return {_describe([result])}")
     return result
 
 
@@ -113,7 +113,7 @@ def grade_value(answer, truth, mistakes: Sequence[Mistake], why: str, *, hint: s
         return NOT_ATTEMPTED
     def is_(expected) -> bool:
         if isinstance(answer, str) and isinstance(expected, str):
-            return answer.strip(" .)").lower() == expected.lower()
+            return answer.strip(" ().").lower() == expected.lower()
         return same(answer, expected, tol)
 
     if is_(truth):
@@ -198,4 +198,4 @@ def _describe(values) -> str:
 
 def _copies(arguments):
     """Fresh arguments for each call: an answer that works in place must not change the next one's."""
-    return [copy.deepcopy(a) if isinstance(a, torch.Tensor | np.ndarray | list) else a for a in arguments]
+    return [copy.deepcopy(a) if isinstance(a, torch.Tensor | np.ndarray | list | dict) else a for a in arguments]

@@ -194,8 +194,10 @@ def blind_in(answer) -> Verdict:
             W = answer(m, n, k)
         except Exception as error:  # the reader's own
             return not_yet(f"your function raised {type(error).__name__}: {error}  (called with {m}, {n}, {k})")
-        if blank(W):
+        if W is ...:
             return NOT_ATTEMPTED
+        if W is None:
+            return not_yet("your function returns nothing: is `return` missing?")
         try:
             W = torch.as_tensor(W)
             W = W.detach() if W.is_floating_point() else W.double()
@@ -219,8 +221,6 @@ def blind_in(answer) -> Verdict:
 
 
 def merged_rank(answer) -> Verdict:
-    if isinstance(answer, str):
-        answer = answer.strip(" ().").lower()
     return grade_value(answer, "c", MISTAKES["merged_rank"],
                        "W = (W + B A) - B A, so 256 is at most the rank of the sum plus 4: adding a rank-4 matrix "
                        "moves a rank by at most 4, up or down.", hint='Answer with one letter, such as "a".')

@@ -238,7 +238,7 @@ MISTAKES = {
         Mistake("this is still the bug: you take columns of Vh, turned round. The third result of torch.linalg.svd is "
                 "already transposed; the right singular vectors are its rows.", _ported),
         Mistake("this is still the bug, now with the thin form: .t() turns the rows of Vh into columns. Leave it out "
-                "and take Vh[:r].",
+                "and take Vh[:r]. (With the old torch.svd: V has the directions as columns, V[:, :r].T.)",
                 lambda W, r: _thin(W)[0][:, :r] @ torch.diag(_thin(W)[1][:r]) @ _thin(W)[2].t()[:r]),
         Mistake("the singular values are missing: U_r @ Vh_r stretches every kept direction by 1.",
                 lambda W, r: _thin(W)[0][:, :r] @ _thin(W)[2][:r]),

@@ -185,7 +185,7 @@ def joined(answer) -> Verdict:
     def product(function):
         def values(A1, B1, alpha1, A2, B2, alpha2):
             k = min(len(A1), len(A2))  # cut to equal ranks first: there, sums run and show their shape
-            first = function(A1[:k], B1[:, :k], alpha1, A2[:k], B2[:, :k], alpha2)
+            first = function(A1[:k].clone(), B1[:, :k].clone(), alpha1, A2[:k].clone(), B2[:, :k].clone(), alpha2)
             if blank(first):
                 return first
             if matrices(first, wanted)[0].shape == A1[:k].shape:
@@ -251,6 +251,8 @@ def adapted(answer) -> Verdict:
             h = function(x, W, A, B, s)
             if blank(h):
                 return h
+            if not isinstance(h, torch.Tensor):
+                raise WrongForm(f"return a torch tensor, not {type(h).__name__}: the gradients are wanted, too")
             if not h.requires_grad:
                 raise WrongForm("nothing of your result has a gradient for autograd: everything stood under no_grad")
             weights = torch.linspace(-1, 2, h.numel()).reshape(h.shape)
@@ -280,7 +282,7 @@ def scale(answer) -> Verdict:
     def both(function):
         def values(alpha, r):
             plain, stable = function(alpha, r), function(alpha, r, rslora=True)
-            return ... if blank(plain) or blank(stable) else (plain, stable)
+            return next((value for value in (plain, stable) if blank(value)), (plain, stable))
         return values
 
     mistakes = [Mistake(message, both(function)) for message, function in MISTAKES["scale"]]
@@ -296,7 +298,10 @@ def merged_weight(answer) -> Verdict:
     def twice(function):
         def values(W, A, B, s):
             before, first = W.clone(), function(W, A, B, s)
-            return first if blank(first) else (first.clone(), function(W, A, B, s), bool(torch.equal(W, before)))
+            if blank(first):
+                return first
+            first = torch.as_tensor(first).clone()
+            return first, function(W, A, B, s), bool(torch.equal(W, before))
         return values
 
     mistakes = [Mistake(message, twice(function)) for message, function in MISTAKES["merged_weight"]]

@@ -15,6 +15,7 @@ from lora_lab.checks import (
     matrices,
     not_yet,
     right,
+    same,
 )
 
 
@@ -55,6 +56,7 @@ MISTAKES = {
     "all_ten": [
         Mistake("half would be right if the groups were equally large; there are four times as many old digits", 0.5),
         Mistake("that is the accuracy on 8 and 9 alone", 1.0),
+        Mistake("that is a percentage; a number from 0 to 1 is wanted", 19.83),
         Mistake("that is what is lost, not what is right", 0.8017),
         Mistake("divide by all 10,000 test digits, not by the old ones", 1983 / 8017),
         Mistake("that is what the model above reaches; the question is how much is possible. Give three digits.", 0.19),
@@ -80,6 +82,8 @@ MISTAKES = {
         Mistake("of two equal points neither beats the other: both stay",
                 lambda points: [k for k, p in enumerate(points) if not any(
                     j != k and q[0] >= p[0] and q[1] >= p[1] for j, q in enumerate(points))]),
+        Mistake("points.index(p) finds only the first of several equal points: count along, with enumerate",
+                lambda points: [points.index(points[k]) for k in _front(points, _dominates)]),
         Mistake("indices are wanted, not the points themselves",
                 lambda points: sorted(points[k] for k in _front(points, _dominates))),
         Mistake("that keeps the points that beat nobody: the comparison is the wrong way round",
@@ -187,11 +191,17 @@ def front(answer) -> Verdict:
             points[3] = (9, 9)  # better than all others, in both
         return points,
 
-    def ordered(points):
-        found = answer(points)
-        return sorted(found) if isinstance(found, set | list | tuple) else found
+    def ordered(function):
+        def values(points):
+            found, wanted = function(points), _front(points, _dominates)
+            found = sorted(found) if isinstance(found, set | list | tuple) else found
+            if not blank(found) and not same(found, wanted):
+                raise WrongForm(f"here {len(wanted)} of the {len(points)} points are on the front; you return {found}")
+            return found
+        return values
 
-    return grade(ordered, lambda points: _front(points, _dominates), draw, MISTAKES["front"],
+    mistakes = [Mistake(message, ordered(function)) for message, function in MISTAKES["front"]]
+    return grade(ordered(answer), lambda points: _front(points, _dominates), draw, mistakes,
                  "the front is the honest summary of a trade-off.")
 
 

@@ -72,14 +72,15 @@ def _report(valid, test, *, choose_by, score_by):
 
 
 def _draw_two_tables(generator):
-    """Two tables {r: accuracy} whose best ranks differ. The first has a close second; at its best rank the second table
-    is sometimes higher, sometimes lower."""
+    """Two tables {r: accuracy} whose best ranks differ. The first has a close second, sometimes the best of the second;
+    at the first's best rank the second table is sometimes higher, sometimes lower."""
     order = torch.randperm(8, generator=generator).tolist()
     values = [(torch.rand(8, generator=generator) * 0.4 + 0.3).tolist() for _ in range(2)]
     for table, best in zip(values, order, strict=False):
         table[best] = 0.9 + 0.01 * best
     valid, test = values
-    valid[min(order[2:])] = valid[order[0]] - 0.0005
+    close = order[1] if torch.rand((), generator=generator) < 0.5 else min(order[2:])
+    valid[close] = valid[order[0]] - 0.0005
     test[order[0]] = valid[order[0]] + (0.005 if torch.rand((), generator=generator) < 0.5 else -0.2)
     test[order[1]] = 0.999
     return [{2**k: value for k, value in enumerate(table)} for table in values]
@@ -121,6 +122,8 @@ MISTAKES = {
     "honest_report": [
         Mistake("this still chooses by the test set. A rank chosen there is the luckiest of all on these examples; "
                 "choose by `valid`.", lambda valid, test: _report(valid, test, choose_by="test", score_by="test")),
+        Mistake("a choice by both together is a choice by the test set as well: choose by `valid` alone",
+                lambda valid, test: (lambda r: (r, test[r]))(max(valid, key=lambda r: valid[r] + test[r]))),
         Mistake("this still chooses by the test set; choose by `valid`, report `test`",
                 lambda valid, test: _report(valid, test, choose_by="test", score_by="valid")),
         Mistake("the choice is right, but the accuracy you report is the one you chose by, the luckiest of all. "

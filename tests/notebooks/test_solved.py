@@ -50,6 +50,7 @@ def test_the_handout_has_no_solution_and_still_holds_every_exercise(path, tmp_pa
     nbformat.write(notebooks.handout(nb), tmp_path / path.name)
     handout = nbformat.read(tmp_path / path.name, as_version=4)
     nbformat.validate(handout)
+    assert not any(cell.get("outputs") for cell in handout.cells)
     text = "\n".join(cell.source for cell in handout.cells)
     solutions = [exercise.solution.strip() for exercise in notebooks.exercises(nb)]
     assert not re.search(r"<summary>\s*(Hint|Solution)", text)  # a folded proof may stay
