@@ -21,7 +21,7 @@ def claim(statement: str, *, source: str, measured: str, holds: bool, verdict: s
     if verdict not in VERDICTS:
         raise ValueError(f"verdict {verdict!r} is not one of {', '.join(VERDICTS)}")
     if (verdict == "confirmed") == bool(correction):
-        raise ValueError("a corrected or unseen claim needs a correction, a confirmed one has none")
+        raise ValueError("every verdict but confirmed needs a correction, and confirmed has none")
     if not holds:
         raise AssertionError(f"no longer {verdict}: {statement} ({source}). Measured: {measured}")
     rows = {"claim" if verdict == "confirmed" else "they say": f"{statement} ({source})", "measured": measured,

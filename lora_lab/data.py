@@ -89,7 +89,8 @@ def _read_idx(name: str) -> Tensor:
     try:
         packed = path.read_bytes() if path.exists() else _fetched(name)
     except OSError as error:
-        raise DataError(f"{path} could not be read: {error}") from error
+        raise DataError(f"{path} could not be read: {error}. Make it readable, or put it back with "
+                        "`git checkout -- data/MNIST/raw`.") from error
     if not _original(packed, name):
         raise DataError(f"{path} is not the original MNIST file ({len(packed):,} bytes, wrong checksum): damaged, cut "
                         "off or swapped. Put it back with `git checkout -- data/MNIST/raw`, or delete it and run this "

@@ -16,7 +16,6 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +63,12 @@ class LoRALinear(nn.Linear):
             self.register_buffer("start_B", B.clone())
         self.train(base.training)
 
+    enabled = True  # see `disabled`
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in)
         h = F.linear(x, self.weight, self.bias)  # (..., out)
+        if not self.enabled:
+            return h
         x = self.dropout(x.to(self.lora_A.dtype))  # (..., in)
         update = F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)  # (..., in) -> (..., r) -> (..., out)
         if self.subtracts_start:
@@ -116,17 +119,16 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 @contextmanager
 def disabled(model: nn.Module):
-    """Inside the block the LoRA layers compute what the base computes, bit for bit."""
-    layers = {layer: vars(layer).get("forward") for layer in _lora_layers(model).values()}  # or None
+    """Inside the block the adapter that is there is switched off: its layers compute what the base computes, bit for
+    bit. (One that is loaded inside the block is on.)"""
+    layers = [layer for layer in _lora_layers(model).values() if layer.enabled]
     for layer in layers:
-        layer.forward = partial(nn.Linear.forward, layer)  # weight and bias are the base's own
+        layer.enabled = False
     try:
         yield model
     finally:
-        for layer, before in layers.items():
-            vars(layer).pop("forward", None)  # it may have been removed meanwhile
-            if before:
-                layer.forward = before
+        for layer in layers:
+            vars(layer).pop("enabled", None)  # it may have been removed meanwhile
 
 
 def merge(model: nn.Module) -> nn.Module:

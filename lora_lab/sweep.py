@@ -46,8 +46,7 @@ def sweep(run, settings, *, label: str, workers: int | None = None) -> list:
     files = [kept / f"{key(run.__name__, sorted(setting.items()))}.json" for setting in settings]
     results = [_read(file) for file in files]
     missing = [k for k, result in enumerate(results) if result is None]
-    with progress(total=len(settings), desc=label, unit="run") as bar:
-        bar.update(len(settings) - len(missing))
+    with progress(total=len(settings), initial=len(settings) - len(missing), desc=label, unit="run") as bar:
         if not missing:
             bar.note = f"{label}: {len(settings)} runs, from the cache"
         pool = ProcessPoolExecutor(workers or min(joblib.cpu_count(), 8), PROCESSES)
@@ -85,37 +84,36 @@ def _read(file: Path) -> dict | None:
 
 def _code(thing, users=()) -> str:
     """The source of a function or class, and of what it uses from its own notebook or module."""
-    text = ""
     if inspect.isclass(thing):  # part by part, since Python finds no source for a class of a notebook
-        for name, part in (*vars(thing).items(), *((base.__name__, base) for base in thing.__bases__)):
-            part = getattr(part, "fget", inspect.unwrap(part))
-            if inspect.isclass(part) or (inspect.isfunction(part) and part.__code__.co_filename != "<string>"):
-                text += _code(part, (thing, *users)) if part.__module__ == thing.__module__ else ""
-            elif not name.startswith("__") and not hasattr(part, "__get__"):
-                text += _value(thing, name, part)
-        return text
-    try:
-        text = textwrap.dedent(inspect.getsource(thing))
-    except (OSError, TypeError):
-        raise TypeError(f"the source of {thing!r} cannot be read: define it in a cell or a file") from None
-    outside, scopes = thing.__globals__ | inspect.getclosurevars(thing).nonlocals, [symtable.symtable(text, "", "exec")]
-    for scope in scopes:  # it grows: each function and comprehension inside is a scope of its own
-        scopes += scope.get_children()
-    used = {s.get_name() for scope in scopes for s in scope.get_symbols() if s.is_global() and not s.is_local()}
-    for name in sorted(used & outside.keys()):
-        value = inspect.unwrap(outside[name])
-        if inspect.isfunction(value) or inspect.isclass(value):
-            if value.__module__ == thing.__module__ and value not in (thing, *users):
+        text, used = "", {base.__name__: base for base in thing.__bases__} | vars(thing)
+    else:
+        text, used = _source(thing)
+    for name, value in used.items():
+        value = inspect.unwrap(getattr(value, "fget", value))
+        if inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value):
+            text += f"{name} = {getattr(value, '__module__', '')}.{value.__name__}"
+            generated = inspect.isfunction(value) and value.__code__.co_filename == "<string>"  # by a dataclass, say
+            if getattr(value, "__module__", "") == thing.__module__ and value not in (thing, *users) and not generated:
                 text += _code(value, (thing, *users))
-        elif not inspect.ismodule(value) and not inspect.isroutine(value):
-            text += _value(thing, name, value)
+        elif not name.startswith("__") and not hasattr(value, "__get__"):
+            try:
+                text += f"{name} = {json.dumps(value)}"
+            except TypeError:
+                raise TypeError(f"{thing.__name__} uses {name}, a {type(value).__name__} from outside. Whether that "
+                                "changed since a result was kept cannot be seen: make it inside the function."
+                                ) from None
     return text
 
 
-def _value(thing, name: str, value) -> str:
-    """A constant that a function takes from outside, or that a class holds."""
+def _source(function) -> tuple[str, dict]:
+    """A function's text, and what it takes from outside, by name."""
     try:
-        return f"{name} = {json.dumps(value)}"
-    except TypeError:
-        raise TypeError(f"{thing.__name__} uses {name}, a {type(value).__name__} from outside. Whether that changed "
-                        "since a result was kept cannot be seen: make it inside the function.") from None
+        text = textwrap.dedent(inspect.getsource(function))
+        scopes = [symtable.symtable(text, "", "exec")]
+    except (OSError, TypeError, SyntaxError):
+        raise TypeError(f"the source of {function!r} cannot be read: define it in a cell or a file, with def") from None
+    for scope in scopes:  # it grows: each function and comprehension inside is a scope of its own
+        scopes += scope.get_children()
+    used = {s.get_name() for scope in scopes for s in scope.get_symbols() if s.is_global() and not s.is_local()}
+    outside = function.__globals__ | inspect.getclosurevars(function).nonlocals
+    return text, {name: outside[name] for name in sorted(used & outside.keys())}

@@ -56,7 +56,7 @@ def test_evidence_that_is_false_in_other_types_raises(shown, holds):
 
 @pytest.mark.parametrize("verdict, correction, message", [
     ("true", "", "'true' is not one of"), ("Confirmed", "", "is not one of"), ("corrected", "", "needs a correction"),
-    ("not seen", "", "needs a correction"), ("confirmed", "no", "a confirmed one has none")])
+    ("not seen", "", "needs a correction"), ("confirmed", "no", "confirmed has none")])
 def test_a_verdict_that_makes_no_sense_is_refused(shown, verdict, correction, message):
     with pytest.raises(ValueError, match=message):
         claim("rank is 3", **SAID, holds=True, verdict=verdict, correction=correction)

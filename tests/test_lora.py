@@ -450,6 +450,20 @@ def test_disabled_is_the_base_bit_for_bit_and_ends(init):
     assert torch.equal(model(x), with_lora)
 
 
+def test_an_adapter_may_be_taken_off_or_exchanged_inside_disabled(tmp_path):
+    model, x = adapted(), torch.randn(3, 6)
+    save_adapter(model, tmp_path)
+    on = model(x)
+    model[0].forward = partial(LoRALinear.forward, model[0])  # as other tools set one
+    with disabled(model):
+        load_adapter(model, tmp_path)
+        assert torch.equal(model(x), on)  # the new one is on
+        remove(model)
+        base = model(x)
+    assert torch.equal(model(x), base) and not torch.equal(base, on)
+    assert "enabled" not in vars(model[0])
+
+
 def test_inside_disabled_the_adapter_is_still_there(tmp_path):
     model, x = adapted(), torch.randn(3, 6)
     with_lora, counts = model(x), count_parameters(model)

@@ -193,6 +193,23 @@ def test_a_changed_class_attribute_starts_anew():
     assert seen == [[2], [7], [2]]
 
 
+@pytest.mark.parametrize("before, after", [("relu", "elu"), ("relu", "tanh")])
+def test_another_function_of_a_library_under_the_same_name_starts_anew(before, after):
+    text = ("import torch\nimport torch.nn.functional as F\n\nact = F.{0}\n\n"
+            "class Own:\n    act = staticmethod(F.{0})\n\n"
+            "def run(x):\n    return [act(torch.tensor(x)).item(), Own.act(torch.tensor(x)).item()]\n")
+    first, second = (sweep(defined(text.format(name))[0], [{"x": -1.0}], label="x", workers=1)[0]
+                     for name in (before, after))
+    assert first == [0, 0] and max(second) < -0.5
+
+
+def test_a_function_whose_line_cannot_be_read_alone_is_refused_in_words():
+    run = dict(one=1,
+               two=lambda x: x)["two"]
+    with pytest.raises(TypeError, match="define it in a cell or a file, with def"):
+        sweep(run, [{"x": 1}], label="x", workers=1)
+
+
 def test_a_class_that_holds_data_is_refused():
     run, _ = defined("import torch\n\nclass Own:\n    data = torch.zeros(2)\n\ndef run(x):\n    return Own().data\n")
     with pytest.raises(TypeError, match="Own uses data, a Tensor from outside"):
