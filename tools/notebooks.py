@@ -28,7 +28,6 @@ from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocess
 from lora_lab.claims import VERDICTS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-EDITIONS = FOLDER.parent / "editions"
 SOLUTION = re.compile(r"<summary>Solution.*?</summary>\s*```python\n(.*?)```", re.S)
 SECONDS = re.compile(r"\b(\d+) s to compute")
 
@@ -90,10 +89,8 @@ def solved(nb):
 def handout(nb):
     """The notebook without hints and solutions, and without outputs, which would answer what it asks to predict."""
     nb = nbformat.from_dict(nb)
-    for remove in (TagRemovePreprocessor(remove_cell_tags={"solution"}, enabled=True),
-                   ClearOutputPreprocessor(enabled=True)):
-        nb, _ = remove.preprocess(nb, {})
-    return nb
+    nb, _ = TagRemovePreprocessor(remove_cell_tags={"solution"}, enabled=True).preprocess(nb, {})
+    return ClearOutputPreprocessor(enabled=True).preprocess(nb, {})[0]
 
 
 def execute(nb, timeout: int = 600) -> float:
@@ -191,23 +188,23 @@ def run(names=()) -> None:
     write_index()
 
 
-def editions(names=(), folder=EDITIONS) -> None:
-    """Write folder/handout (hints, solutions and outputs gone), then folder/instructor (solutions filled in, run)."""
+def editions(names=()) -> None:
+    """Write editions/handout (hints, solutions, outputs gone), then editions/instructor (solutions filled in, run)."""
     def write(edition, name, path):
         edition.cells[0].source = re.sub("^# .+$", rf"\g<0> ({name})", edition.cells[0].source, count=1, flags=re.M)
-        target = Path(folder) / name.replace("'s copy", "") / path.name
+        target = FOLDER.parent / "editions" / name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(edition, target)
         shutil.copy(FOLDER / "CLAIMS.md", target.parent)
 
     for path in paths(names):
         write(handout(read(path)), "handout", path)
-    print(f"{folder}: the handout is written. The instructor's copy is run, which takes minutes.", flush=True)
+    print("editions/handout is written. The instructor's copy is run, which takes minutes.", flush=True)
     for path in paths(names):
         full = solved(read(path))
         execute(full)
         clean(full)
-        write(full, "instructor's copy", path)
+        write(full, "instructor", path)
         print(f"{path.name}: {len(exercises(read(path)))} exercises", flush=True)
 
 
