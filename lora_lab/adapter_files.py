@@ -19,10 +19,11 @@ from torch import Tensor
 from lora_lab.cache import written_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-NARROWING = {"exclude_modules", "layers_to_transform", "layers_pattern"}  # PEFT's ways to adapt fewer than the targets
+NARROWING = {"layers_to_transform", "layers_pattern"}  # PEFT's ways to adapt fewer than the targets
 # PEFT's settings that are read here, and those that say nothing about what a finished adapter computes
 ACCEPTED = NARROWING | {
-    "peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout",
+    "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
+    "lora_dropout",
     "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"}
 BASE_UNCHANGED = {"true", "false", "gaussian", "orthogonal", "eva", "mica"}  # starts that leave the base as it was
@@ -78,11 +79,12 @@ def read(directory, shapes: dict[str, tuple[int, int]]) -> dict[str, LayerWeight
     try:
         meant = {path: (_pattern(config, "rank_pattern", path, config["r"]),
                         _pattern(config, "alpha_pattern", path, config["lora_alpha"]))
-                 for path in shapes if _is_target(config["target_modules"], path)}
+                 for path in shapes if _is_target(config["target_modules"], path)
+                 and not _is_target(config.get("exclude_modules") or (), path)}
     except (AttributeError, TypeError, re.error) as error:
         raise AdapterError(f"{config_file}: target_modules, rank_pattern or alpha_pattern cannot be read: "
                            f"{error}") from error
-    if any(config.get(name) is not None for name in NARROWING):  # then the tensors say which layers are left
+    if any(config.get(name) not in (None, []) for name in NARROWING):  # then the tensors say which layers are left
         meant = {path: both for path, both in meant.items() if _name(path, "A") in tensors}
     layers = {}
     for path, (r, alpha) in meant.items():

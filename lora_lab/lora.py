@@ -120,7 +120,7 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 @contextmanager
 def disabled(model: nn.Module):
     """Inside the block the adapter that is there is switched off: its layers compute what the base computes, bit for
-    bit. (One that is loaded inside the block is on.)"""
+    bit. (One that is loaded inside the block is on; a copy made there stays off.)"""
     layers = [layer for layer in _lora_layers(model).values() if layer.enabled]
     for layer in layers:
         layer.enabled = False
@@ -210,6 +210,8 @@ def _fitting(name: str, paths) -> list[str]:
 def _find(model: nn.Module, target_modules) -> dict[str, nn.Linear]:
     """The layers that the names mean, by path, in the model's order; one that is used twice, once."""
     linears = {p: m for p, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear}
+    if target_modules is None:
+        raise TypeError('target_modules is None: give names of linear layers, or "all-linear"')
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if names == ["all-linear"]:
         names = list(linears)
@@ -241,13 +243,18 @@ def _per_layer(setting: str, value, layers: dict) -> dict:
 
 def _check(base: nn.Linear, r, alpha, dropout, init, path: str = "") -> None:
     where, largest = f" for layer {path!r}" if path else "", min(base.in_features, base.out_features)
+    holds = {name for group in (base._parameters, base._buffers, base._modules) for name in group}
+    extra = (holds - {"weight", "bias"}) | ({"forward"} & vars(base).keys())
+    if type(base) is nn.Linear and extra:  # of weight_norm, of pruning, a mask, a forward that somebody put there
+        raise ValueError(f"the linear layer{where} is more than W x + b: its {', '.join(sorted(extra))} would be lost")
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"r = {r!r}{where}: it must be an int")
     if r < 1 or (r > largest and isinstance(init, str)):
         raise ValueError(f"r = {r}{where}: it must be from 1 to min(in, out) = {largest}, the highest rank it can have")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise TypeError(f"alpha = {alpha!r}{where}: it must be an int or a float")
-    if not math.isfinite(alpha) or (alpha <= 0 and init == "pissa"):
+    for name, value in (("alpha", alpha), ("dropout", dropout)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} = {value!r}{where}: it must be an int or a float")
+    if not abs(alpha) < 1e38 or (alpha <= 0 and init == "pissa"):
         raise ValueError(f"alpha = {alpha}{where}: it must be finite, and for pissa positive")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout}{where}: it is a probability, from 0 up to but not including 1")
@@ -288,7 +295,8 @@ def _start(weight: Tensor, r: int, init, scaling: float) -> tuple[Tensor, Tensor
 
 def _become(module: nn.Module, other: nn.Module) -> None:
     """Make `module` what `other` is, where it stands. A layer used twice, or one that is the whole model, has no single
-    parent in which it could be replaced; this way every reference to it, and every hook on it, stays good."""
-    hooks = {name: value for name, value in vars(module).items() if "hook" in name}
+    parent in which it could be replaced; this way every reference to it, and every hook and mark on it, stays good."""
+    gone = vars(other).keys() | {"r", "alpha", "rslora", "scaling", "subtracts_start", "enabled", "forward"}
+    kept = {name: value for name, value in vars(module).items() if "hook" in name or name not in gone}
     module.__class__ = other.__class__
-    module.__dict__ = {**vars(other), **hooks}
+    module.__dict__ = {**vars(other), **kept}

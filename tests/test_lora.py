@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.lora import (
@@ -245,6 +246,12 @@ class Block(nn.Module):
         self.emb, self.conv = nn.Embedding(3, 4), nn.Conv1d(2, 2, 1)
 
 
+def with_more(change):
+    model = nn.Sequential(nn.Linear(4, 4))
+    change(model[0])
+    return model
+
+
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()
@@ -283,6 +290,9 @@ def test_r_and_alpha_by_layer_take_the_most_exact_name():
     (lambda: nn.MultiheadAttention(4, 2), "out_proj", "is a NonDynamicallyQuantizableLinear"),
     (lambda: nn.Sequential(LoRALinear(nn.Linear(4, 4), 1, 1)), "0", "has LoRA layers already"),
     (lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 4)), "linear1", "set_fastpath_enabled"),
+    (lambda: with_more(lambda m: prune.random_unstructured(m, "weight", 0.5)), "0", "its weight_mask, weight_orig"),
+    (lambda: with_more(lambda m: m.register_buffer("mask", torch.ones(4))), "0", "layer '0' is more than .* its mask"),
+    (lambda: with_more(lambda m: setattr(m, "forward", torch.relu)), "0", "its forward would be lost"),
 ])
 def test_a_target_that_cannot_be_adapted_is_an_error_and_changes_nothing(model, target_modules, message):
     model = model()
@@ -290,6 +300,20 @@ def test_a_target_that_cannot_be_adapted_is_an_error_and_changes_nothing(model, 
     with pytest.raises(ValueError, match=message):
         inject(model, target_modules, r=2, alpha=4)
     assert fingerprint(model) == before
+
+
+def test_no_target_is_an_error():
+    with pytest.raises(TypeError, match='"all-linear"'):
+        inject(small(), None, r=2, alpha=4)
+
+
+def test_what_others_wrote_on_a_layer_stays():
+    model = small()
+    model[0].origin = "here"
+    inject(model, "all-linear", r=2, alpha=4)
+    assert model[0].origin == "here"
+    remove(model)
+    assert model[0].origin == "here" and vars(model[0]).keys() == vars(nn.Linear(1, 1)).keys() | {"origin"}
 
 
 NAN = float("nan")
@@ -307,11 +331,14 @@ NAN = float("nan")
     (dict(alpha=float("inf")), ValueError, "alpha = inf"),
     (dict(alpha=NAN), ValueError, "alpha = nan"),
     (dict(alpha="8"), TypeError, "alpha = '8'"),
+    (dict(alpha=10**400), ValueError, "alpha = 1000"),
     (dict(alpha={"2": 1}), ValueError, "alpha has no entry for layer '0'"),
     (dict(alpha=0, init="pissa"), ValueError, "for pissa positive"),
     (dict(dropout=1), ValueError, "dropout = 1 "),
     (dict(dropout=-0.1), ValueError, "dropout = -0.1"),
     (dict(dropout=NAN), ValueError, "dropout = nan"),
+    (dict(dropout="0.1"), TypeError, "dropout = '0.1'"),
+    (dict(dropout=None), TypeError, "dropout = None"),
     (dict(init="xavier"), ValueError, "'xavier' for layer '0' is not one of gaussian, kaiming, pissa, svd"),
     (dict(init=None), ValueError, "None for layer '0' is not one of"),
     (dict(init=(torch.ones(2, 6), torch.ones(4, 3))), ValueError, r"must be \(2, 6\) and \(4, 2\)"),

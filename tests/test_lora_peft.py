@@ -479,6 +479,10 @@ NAN, INF = float("nan"), float("inf")
     (dict(target_modules=["fc1"]), "holds .*fc3.lora_A.weight', .* no lora_A.* that the config's target_modules mean"),
     (dict(target_modules=["fc1", "fc2", "fc3"]), "fc2.lora_A.weight is missing"),
     (dict(target_modules="all-linear"), "fc2.lora_A.weight is missing"),
+    (dict(target_modules="all-linear", exclude_modules=[]), "fc2.lora_A.weight is missing"),
+    (dict(target_modules="all-linear", exclude_modules=["other"]), "fc2.lora_A.weight is missing"),
+    (dict(target_modules="all-linear", layers_to_transform=[]), "fc2.lora_A.weight is missing"),
+    (dict(target_modules="all-linear", exclude_modules="fc[23]"), "holds .*fc3.lora_A.weight'"),
     (dict(target_modules="fc[1"), "target_modules.* cannot be read"),
     (dict(target_modules=3), "target_modules.* cannot be read"),
 ], ids=str)
