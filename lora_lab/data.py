@@ -114,9 +114,11 @@ def _fetched(name: str) -> bytes:
     if kept.exists() and _original(packed := kept.read_bytes(), name):
         return packed
     for mirror in MNIST.mirrors:
+        packed = b""
         with suppress(OSError, HTTPException), urllib.request.urlopen(mirror + name, timeout=20) as response:
-            if _original(packed := response.read(), name):
-                keep(kept, packed)
-                return packed
+            packed = response.read()
+        if _original(packed, name):
+            keep(kept, packed)
+            return packed
     raise DataError(f"{RAW / name} is missing and could not be downloaded (no network?). It belongs to the course: "
                     "put it back with `git checkout -- data/MNIST/raw`, or run this again while online.")

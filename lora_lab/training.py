@@ -1,6 +1,7 @@
 """Training on tensors in memory, and accuracy on the digits that matter here."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
     Give either `epochs` or `steps`. `watch(model)` is called before step k for each k in `watch_at` (k = the number of
     steps means: at the end). `label` names the progress line; None: no line.
     The same seed on the same number of threads gives bit-identical weights; the caller's random state is untouched.
-    Raises ValueError when there is nothing to train, no data, or not exactly one of `epochs` and `steps`.
+    Raises ValueError when there is nothing to train, no data, not exactly one of `epochs` and `steps`, or nothing to
+    watch with.
     """
     x, y = data
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -38,6 +40,8 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
         raise ValueError(f"training needs as many labels as examples, and at least one: got {len(x)} and {len(y)}")
     if (epochs is None) == (steps is None):
         raise ValueError("give either epochs or steps")
+    if watch_at and watch is None:
+        raise ValueError("watch_at says when to watch, and there is no watch")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     per_epoch = -(-len(x) // batch_size)
@@ -48,10 +52,9 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps + 1)
     order = torch.Generator().manual_seed(seed)
     losses, watched, watch_at = [], {}, set(watch_at)
-    was_training = model.training
-    with torch.random.fork_rng(devices=[]), progress(total=steps, desc=label, disable=label is None) as bar:
+    bar = progress(total=steps, desc=label, disable=label is None)
+    with torch.random.fork_rng(devices=[]), _mode(model, training=True), bar:
         torch.manual_seed(seed)  # for dropout
-        model.train()
         for step in range(steps):
             if step in watch_at:
                 with torch.random.fork_rng(devices=[]):  # to watch changes nothing
@@ -69,18 +72,24 @@ def fit(model: nn.Module, data: Digits, *, seed: int, lr: float, epochs: float |
             bar.update()
         if steps in watch_at:
             watched[steps] = watch(model)
-    model.train(was_training)
     return History(torch.stack(losses).tolist(), watched)
 
 
 @torch.no_grad()
 def logits(model: nn.Module, x: Tensor, batch_size: int = 2000) -> Tensor:
     """The model's outputs (n, classes) in evaluation mode, computed in batches."""
+    with _mode(model, training=False):
+        return torch.cat([model(part) for part in x.split(batch_size)])
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool):
+    """Training or evaluation mode inside the block, afterwards the model's own again, after an error too."""
     was_training = model.training
-    model.eval()
-    out = torch.cat([model(part) for part in x.split(batch_size)])
-    model.train(was_training)
-    return out
+    try:
+        yield model.train(training)
+    finally:
+        model.train(was_training)
 
 
 class Accuracy(NamedTuple):
