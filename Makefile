@@ -3,7 +3,7 @@
 
 PORT ?=
 # The Python that makes .venv: the one you name (make lab PYTHON=python3.12), or the first of these that runs.
-PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
+PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3.14 python3.15 python3 python)
 PY = .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 
 .PHONY: help env env-test lab check test test-unit test-notebooks test-solved bench notebooks editions clean

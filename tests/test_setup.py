@@ -146,13 +146,25 @@ def test_no_disk_space_is_noticed_before_pip(course, monkeypatch, capsys, index,
     monkeypatch.setattr(setup_env.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e9))
     monkeypatch.setattr(setup_env.shutil, "which", lambda name: None)
     monkeypatch.setattr(setup_env.sys, "platform", "linux")
-    monkeypatch.setattr(setup_env.platform, "machine", lambda: "x86_64")
     monkeypatch.delenv("PIP_INDEX_URL", raising=False)
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", index)
     with pytest.raises(SystemExit, match=f"needs about {needed} GB and 1.0 GB are free"):
         setup_env.make_env()
     assert ("take the small CPU wheels" in capsys.readouterr().out) == (needed == 9)
     assert not (course / ".venv").exists()
+
+
+def test_a_file_in_the_place_of_the_environment(course):
+    setup_env.VENV.write_text("")
+    with pytest.raises(SystemExit, match="is not a folder that you can write to: delete it"):
+        setup_env.make_env()
+
+
+def test_a_copied_or_renamed_course_is_set_up_again(course, monkeypatch):
+    before = setup_env.fingerprint()
+    moved = shutil.copytree(course, course / "moved")
+    monkeypatch.setattr(setup_env, "ROOT", moved)
+    assert setup_env.fingerprint() != before
 
 
 @pytest.mark.parametrize("log, sentence, tries", [
@@ -270,10 +282,10 @@ def test_a_port_in_use(course):
             setup_env.main("lab", port)
 
 
-@pytest.mark.parametrize("port", ["lab", "99999"])
+@pytest.mark.parametrize("port", ["lab", "99999", "88 99"])
 def test_a_port_that_is_none(course, port):
-    with pytest.raises(SystemExit, match="is not a port"):
-        setup_env.main("lab", port)
+    with pytest.raises(SystemExit, match=f"{port} is not a port"):
+        setup_env.main("lab", *port.split())
 
 
 # --- the report of notebook 00 ------------------------------------------------------------------------------------

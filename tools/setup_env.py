@@ -33,6 +33,8 @@ def make_env(test=False):
     if state[:1] == [fingerprint()] and (not test or "test" in state):
         return
     test = test or "test" in state
+    if VENV.exists() and not (VENV.is_dir() and os.access(VENV, os.W_OK)):
+        raise SystemExit(f"{VENV} is not a folder that you can write to: delete it and run the same command again.")
     if VENV.exists() and (state == ["installing"] or not venv_version()):
         print("The .venv here is unfinished or does not run (an interrupted set-up?): it is made anew.")
         venv_python().unlink(missing_ok=True)  # first: a deletion cut short leaves nothing that looks whole
@@ -86,7 +88,7 @@ def venv_version():
 def fingerprint():
     """Changes whenever the set-up has to be done again."""
     files = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
-    return hashlib.sha256(files + venv_version().encode()).hexdigest()[:16]
+    return hashlib.sha256(files + f"{venv_version()} {ROOT}".encode()).hexdigest()[:16]
 
 
 def create_env():
@@ -119,8 +121,7 @@ def constraints():
 def cuda_wheels_ahead():
     """True if pip is about to take torch with its CUDA libraries, which PyPI serves for Linux."""
     indexes = os.environ.get("PIP_EXTRA_INDEX_URL", "") + os.environ.get("PIP_INDEX_URL", "")
-    linux = sys.platform == "linux" and platform.machine() == "x86_64"
-    return linux and "cpu" not in indexes and not any(VENV.glob("lib/python*/site-packages/torch"))
+    return sys.platform == "linux" and "cpu" not in indexes and not any(VENV.glob("lib/python*/site-packages/torch"))
 
 
 def check_disk():
@@ -168,7 +169,7 @@ def check_port(port="0"):
         raise SystemExit(f"{port} is not a port: choose one from 1024 to 65535: make lab PORT=8899.") from None
     except OSError as error:
         raise SystemExit(f"Port {port} cannot be used ({os.strerror(error.errno)}). Choose another "
-                         "(make lab PORT=8899), or leave PORT out: JupyterLab then takes a free one.") from None
+                         "one, or leave PORT out: JupyterLab then takes a free one.") from None
 
 
 def open_lab(port=""):
@@ -191,7 +192,7 @@ def main(command="help", *words):
     if command == "env":
         make_env(test="test" in words)
     elif command == "lab":
-        check_port(*words)
+        check_port(" ".join(words) or "0")
         make_env()
         open_lab(*words)
     else:
