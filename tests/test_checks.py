@@ -140,7 +140,7 @@ def test_a_function_that_ignores_its_arguments_is_not_right(exercise):
 
 @every_exercise
 def test_an_answer_of_the_wrong_kind_gets_a_verdict_and_no_trace(exercise):
-    for value in ("seven", object(), lambda: 1, [], {}):
+    for value in ("seven", object(), lambda: 1, [], {}, 10**400, torch.zeros(3, device="meta")):
         assert verdict(exercise, value).outcome == "not yet", value
 
 
@@ -179,6 +179,17 @@ def equal_points_once(points):
     return [points.index(p) for p in points if not beaten(p)]
 
 
+def replayed_in_an_order_of_its_own(y, n, generator):
+    old = (y < 8).nonzero()[:, 0]
+    picks = torch.cat([(y >= 8).nonzero()[:, 0], old[torch.randperm(len(old), generator=generator)[:n]]])
+    return picks[torch.randperm(len(picks))]
+
+
+def error_within_the_budget(S, m, n, budget):
+    kept = S.square().cumsum(0) / S.square().sum()
+    return (1 - kept[budget // (m + n) - 1]).clamp(min=0).sqrt()
+
+
 @pytest.mark.parametrize("name, answer, outcome, words", [
     ("04-logit_gradient", lambda z, y: (z.softmax(1) - torch.nn.functional.one_hot(y)) / len(z), "not yet", "size"),
     ("04-share_right", lambda z, y: 0.0, "not yet", "you return 0"),
@@ -192,6 +203,12 @@ def equal_points_once(points):
     ("06-all_ten", 19.83, "not yet", "percentage"),
     ("06-front", equal_points_once, "not yet", "enumerate"),
     ("06-front", lambda points: [0], "not yet", "of the 14 points are on the front; you return [0]"),
+    ("06-replay_indices", replayed_in_an_order_of_its_own, "right", ""),
+    ("02-best_error", error_within_the_budget, "not yet", "IndexError"),
+    ("08-relative_error", lambda S, r: (1 - S.square().cumsum(0)[r - 1] / S.square().sum()).sqrt().item(), "not yet",
+     "expected was 1, you return 0"),
+    ("08-same_update", lambda A1, B1, A2, B2: torch.allclose(B1 @ A1, B2 @ A2), "not yet", "allclose"),
+    ("08-same_update", lambda A1, B1, A2, B2: torch.allclose(B1 @ A1, B2 @ A2, atol=1e-5, rtol=0), "right", ""),
     ("07-choose_rank", chosen_with_pop, "right", ""),
     ("07-honest_report", by_both_tables, "not yet", "by both together")],
     ids=lambda value: value if isinstance(value, str) else "")

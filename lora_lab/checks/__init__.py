@@ -75,7 +75,7 @@ def same(a, b, tol: float = 1e-4) -> bool:
         return type(a) is type(b) and a == b
     try:
         a, b = _array(a), _array(b)
-    except (TypeError, ValueError):
+    except NO_ARRAY:
         return False
     size = max(1.0, float(np.nanmax(np.abs(b), initial=0)))
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=tol, atol=tol * size, equal_nan=True))
@@ -150,7 +150,7 @@ def _difference(got, expected, arguments, tol) -> str | None:
         return next(d for g, e in zip(got, expected, strict=True) if (d := _difference(g, e, arguments, tol)))
     try:
         shape, wanted = _array(got).shape, _array(expected).shape
-    except (TypeError, ValueError):
+    except NO_ARRAY:
         return f"you return {_describe([got])}, expected was {_describe([expected])}  ({given})"
     if shape != wanted:
         return f"shape {wanted} was expected, yours is {shape}  ({given})"
@@ -158,6 +158,9 @@ def _difference(got, expected, arguments, tol) -> str | None:
         return f"expected was {_short(expected)}, you return {_short(got)}  ({given})"
     gap = np.abs(_array(got).astype(float) - _array(expected).astype(float)).max()
     return f"the shape {shape} is right, the values are not: the largest difference is {gap:.3g}  ({given})"
+
+
+NO_ARRAY = (TypeError, ValueError, OverflowError, RuntimeError)  # a huge int; a tensor on the meta device
 
 
 def _array(value) -> np.ndarray:

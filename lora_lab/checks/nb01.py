@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import torch
 
-from lora_lab.checks import NOT_ATTEMPTED, Mistake, Verdict, blank, grade, grade_value, not_yet, right
+from lora_lab.checks import NO_ARRAY, NOT_ATTEMPTED, Mistake, Verdict, blank, grade, grade_value, not_yet, right
 from lora_lab.linalg import numerical_rank
 
 HAND = ((2, 1, 3), (4, 2, 7), (6, 3, 10))  # the matrix of echelon_by_hand
@@ -141,7 +141,7 @@ def echelon_by_hand(answer) -> Verdict:
             return not_yet(f"three rows of three numbers were expected, yours have {[len(row) for row in rows]} "
                            "(write zero rows too)")
         rank, together = _rank(rows), _rank([*rows, *HAND])
-    except (TypeError, ValueError) as error:
+    except NO_ARRAY as error:
         return not_yet(f"write the matrix as a list of three lists of numbers, as in the stub ({error})")
     if rows == [list(row) for row in HAND]:
         return not_yet(copied)

@@ -105,10 +105,13 @@ def _best_error(S, m, n, budget, cost=lambda m, n: m + n, more=0, size=Tensor.no
 
 
 def _draw_budget(generator):
-    """A spectrum, and a budget for 1 to k - 2 ranks: exactly, or with up to m + n - 1 numbers to spare."""
+    """A spectrum, and a budget for 1 to k - 2 ranks: exactly, or with up to m + n - 1 numbers to spare; or for more
+    than all of them."""
     m, n = _sizes(generator, 5, 14)
     S = torch.rand(min(m, n), generator=generator, dtype=torch.float64).add(0.05).sort(descending=True).values
     r, spare = (int(torch.randint(high, (1,), generator=generator)) for high in (min(m, n) - 2, m + n))
+    if int(torch.randint(8, (1,), generator=generator)) == 0:
+        return S, m, n, (min(m, n) + 1) * (m + n)
     return S, m, n, (r + 1) * (m + n) + spare * (r % 2)
 
 

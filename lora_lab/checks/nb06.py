@@ -179,7 +179,7 @@ def replay_indices(answer) -> Verdict:
         often = torch.cat([torch.as_tensor(answer(y.clone(), n, torch.Generator().manual_seed(d))) for d in range(100)])
         if len(often.unique()) < size:
             return not_yet("in 100 draws some old examples never came: draw from all of them")
-        if not torch.equal(picks[0], picks[2]):
+        if sorted(picks[0].tolist()) != sorted(picks[2].tolist()):
             return not_yet("the same generator state gives different examples: draw with the generator you are given")
     return right("these are the batches that keep 0 to 7 alive.")
 

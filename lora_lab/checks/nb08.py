@@ -18,12 +18,12 @@ def _relative_error(S, r):
 
 
 def _spectrum(generator):
-    k, r = 9, int(torch.randint(1, 6, (1,), generator=generator))
+    k, r = 9, int(torch.randint(6, (1,), generator=generator))
     return torch.rand(k, generator=generator).sort(descending=True).values + 0.05, r
 
 
 def _close(a, b):
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    return a.shape == b.shape and bool((a - b).norm() <= 1e-4 * b.norm())
 
 
 def _same_update(A1, B1, A2, B2):
@@ -31,21 +31,25 @@ def _same_update(A1, B1, A2, B2):
 
 
 def _adapters(generator):
-    """Equal updates with equal, scaled or turned factors, and different ones with or without a common A."""
-    r, m, n = 2, *_sizes(generator, 2, 4, 10)
+    """Equal updates with equal, scaled or turned factors, and different ones with or without a common A; large or
+    small."""
+    r, m, n = 2, *_sizes(generator, 2, 150, 250)
     A, B = torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator)
-    mix = torch.tensor([[2.1, 0.9], [0.7, 1.3]])
+    mix, mix_more = torch.tensor([[2.1, 0.9], [0.7, 1.3]]), torch.tensor([[0.4, 1.7], [-1.1, 0.6]])
     other, left = torch.randn(m, r, generator=generator), torch.randn(m, r, generator=generator)
     left -= left.mean(0)  # its columns add up to 0: B + left gives another update with the same sum
     right = torch.randn(r, n, generator=generator)
     right -= right.mean(1, keepdim=True)  # the same for its rows
     end, last = torch.zeros(m, r), torch.zeros(r, n)
     end[-1], last[:, -1] = 1, 1  # another update in the last row, or in the last column, alone
-    return [(A, B, A + right, B), (A, B, A, B + end), (A, B, A + last, B), (A, B, A, 1.01 * B),
-            (A, B, mix @ A, B @ torch.linalg.inv(mix)), (A, B, A, other / other.norm() * B.norm()),
-            (A, B, A.clone(), B.clone()), (A, B, A, -B),
-            (A, B, 2 * A, B / 2), (A, B, A, 2 * B), (A, B, A, B + left),
-            (A.abs(), B, A.abs(), B + 1)][torch.randint(12, (1,), generator=generator)]
+    other *= B.norm() / other.norm()
+    pairs = [(A, B, A + right, B), (A, B, A, B + end), (A, B, A + last, B), (A, B, A, 1.01 * B), (A, B, A, other),
+             *((A, B, Q @ A, B @ torch.linalg.inv(Q)) for Q in (mix, mix_more)), (A, B, A.clone(), B.clone()),
+             (A, B, A, -B), (A, B, 2 * A, B / 2), (A, B, A, 2 * B), (A, B, A, B + left),
+             (A.abs(), B, A.abs(), B + 1)]
+    A1, B1, A2, B2 = pairs[torch.randint(len(pairs), (1,), generator=generator)]
+    size = (1, 1e-3)[torch.randint(2, (1,), generator=generator)]
+    return A1, size * B1, A2, size * B2
 
 
 def _later_phi(V1, V2, first, last):
@@ -107,6 +111,11 @@ MISTAKES = {
                 lambda A1, B1, A2, B2: _close(A1, A2) and _close(B1, B2)),
         Mistake("the products differ by rounding, in the seventh digit: compare them with a tolerance",
                 lambda A1, B1, A2, B2: torch.equal(B1 @ A1, B2 @ A2)),
+        Mistake("allclose as it is looks at each entry, and beside one near 0 rounding is large: compare the length of "
+                "the difference with the length of the update",
+                lambda A1, B1, A2, B2: torch.allclose(B1 @ A1, B2 @ A2)),
+        Mistake("a fixed tolerance calls all small updates the same: let it grow with the size of the update",
+                lambda A1, B1, A2, B2: torch.allclose(B1 @ A1, B2 @ A2, rtol=1e-4, atol=1e-4)),
         Mistake("two updates of the same size need not be the same: compare every entry of B A with its sign, not "
                 "its size or its norm",
                 lambda A1, B1, A2, B2: bool(torch.isclose((B1 @ A1).norm(), (B2 @ A2).norm(), rtol=1e-3))),
@@ -190,7 +199,7 @@ def relative_error(answer) -> Verdict:
 
 
 def same_update(answer) -> Verdict:
-    return grade(answer, _same_update, _adapters, MISTAKES["same_update"], rounds=60,
+    return grade(answer, _same_update, _adapters, MISTAKES["same_update"], rounds=100,
                  why="A and B are only two of many ways to write an update; what the layer feels is B A")
 
 
