@@ -118,7 +118,8 @@ def _fetched(name: str) -> bytes:
         with suppress(OSError, HTTPException), urllib.request.urlopen(mirror + name, timeout=20) as response:
             packed = response.read()
         if _original(packed, name):
-            keep(kept, packed)
+            with suppress(OSError):  # a full disk: the file is here all the same
+                keep(kept, packed)
             return packed
     raise DataError(f"{RAW / name} is missing and could not be downloaded (no network?). It belongs to the course: "
                     "put it back with `git checkout -- data/MNIST/raw`, or run this again while online.")

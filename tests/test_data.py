@@ -264,6 +264,15 @@ def test_a_download_is_kept(labels_missing, mirror, monkeypatch):
     assert data._read_idx(labels_missing).shape == (10_000,)
 
 
+def test_a_download_that_cannot_be_kept_is_used_all_the_same(labels_missing, mirror, monkeypatch):
+    def full_disk(path, content):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(MNIST, "mirrors", [mirror])
+    monkeypatch.setattr(data, "keep", full_disk)
+    assert data._read_idx(labels_missing).shape == (10_000,)
+
+
 def test_a_damaged_download_is_not_trusted(labels_missing, mirror, monkeypatch):
     kept = cache.folder() / labels_missing
     kept.write_bytes(b"half a file")
