@@ -160,8 +160,8 @@ def save_adapter(model: nn.Module, directory) -> None:
     """Write the adapter as adapter_model.safetensors and adapter_config.json, the format of PEFT, which loads it.
 
     A "pissa" layer is written as the plain LoRA of rank 2r that says the same.
-    A reader sees the old adapter, none, or the new one, never a mixture. Raises ValueError if the model has no LoRA
-    layers or a value is not finite; what was in the directory stays."""
+    While one process writes, a reader sees the old adapter, none, or the new one, never a mixture.
+    Raises ValueError if the model has no LoRA layers or a value is not finite; what was in the directory stays."""
     layers = {path: _weights(layer) for path, layer in _lora_layers(model).items()}
     if not layers:
         raise ValueError("the model has no LoRA layers: inject or load an adapter first")
