@@ -23,9 +23,8 @@ NARROWING = {"layers_to_transform", "layers_pattern"}  # PEFT's ways to adapt fe
 # PEFT's settings that are read here, and those that say nothing about what a finished adapter computes
 ACCEPTED = NARROWING | {
     "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
-    "lora_dropout",
-    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"}
+    "lora_dropout", "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"}
 BASE_UNCHANGED = {"true", "false", "gaussian", "orthogonal", "eva", "mica"}  # starts that leave the base as it was
 
 
@@ -82,8 +81,8 @@ def read(directory, shapes: dict[str, tuple[int, int]]) -> dict[str, LayerWeight
                  for path in shapes if _is_target(config["target_modules"], path)
                  and not _is_target(config.get("exclude_modules") or (), path)}
     except (AttributeError, TypeError, re.error) as error:
-        raise AdapterError(f"{config_file}: target_modules, rank_pattern or alpha_pattern cannot be read: "
-                           f"{error}") from error
+        raise AdapterError(f"{config_file}: target_modules, exclude_modules, rank_pattern or alpha_pattern cannot be "
+                           f"read: {error}") from error
     if any(config.get(name) not in (None, []) for name in NARROWING):  # then the tensors say which layers are left
         meant = {path: both for path, both in meant.items() if _name(path, "A") in tensors}
     layers = {}

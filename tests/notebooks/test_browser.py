@@ -112,13 +112,13 @@ def page(server):
         browser.close()
 
 
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_run_all_in_jupyterlab(page, path, record_property):
     exercises = notebooks.exercises(notebooks.read(path))
     page.wrong.clear()
-    page.set_default_timeout(660_000)
-    page.evaluate(RUN, [path.name, [[exercise.stub, exercise.solution] for exercise in exercises], 600_000])
+    page.set_default_timeout(360_000)
+    page.evaluate(RUN, [path.name, [[exercise.stub, exercise.solution] for exercise in exercises], 300_000])
     everything = page.evaluate(CELLS)
     cells = [cell for cell in everything if cell["cell_type"] == "code" and cell["source"]]
     errors = [output for cell in cells if "raises-exception" not in cell["metadata"].get("tags", [])
