@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from tools import notebooks
+from tools import fresh_seeds, notebooks
 
 NOTEBOOKS = sorted(notebooks.FOLDER.glob("[0-9]*.ipynb"))
 COURSE = ["00_start_here", "01_matrix_rank", "02_svd", "03_low_rank_approximation", "04_mnist_base_model",
@@ -309,3 +309,25 @@ def test_the_index_of_claims_links_to_headings():
 @pytest.mark.skipif(not COMPLETE, reason="not all notebooks are there yet")
 def test_the_index_of_claims_is_reachable_from_the_start():
     assert "CLAIMS.md" in set(links(notebooks.read(NOTEBOOKS[0])))
+
+
+# --- fresh seeds ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("source, expected", [
+    ("torch.manual_seed(1000 * r + seed)", "torch.manual_seed(1000 * r + seed)"),
+    ("torch.manual_seed(0)", "torch.manual_seed(20)"),
+    ("fit(base_model(), seed=3, steps=60)", "fit(base_model(seed=20), seed=23, steps=60)"),
+    ("[run(seed) for seed in range(5)]", "[run(seed) for seed in [20 + k for k in range(5)]]"),
+    ("SEEDS, STEPS = (0, 1, 2), 200", "SEEDS, STEPS = [20 + k for k in (0, 1, 2)], 200"),
+    ("SEEDS = list(range(20 if FULL else 5))", "SEEDS = [20 + k for k in list(range(20 if FULL else 5))]"),
+    ("grid(seed=[0, 1], r=[4])", "grid(seed=[20 + k for k in [0, 1]], r=[4])"),
+])
+def test_fresh_seeds_moves_seeds_and_nothing_else(source, expected):
+    assert fresh_seeds.moved(source, 20) == expected
+
+
+def test_fresh_seeds_names_the_cells_that_fail():
+    cells = {"holds": "assert 0 < 1", "flips": "f = dict(seed=0)\nassert f['seed'] < 9, f", "after": "1 / 0"}
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, id=k) for k, source in cells.items()])
+    assert fresh_seeds.failures(nb, 20) == ["flips: AssertionError: {'seed': 20}",
+                                            "after: ZeroDivisionError: division by zero"]
