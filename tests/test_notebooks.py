@@ -320,6 +320,7 @@ def test_the_index_of_claims_is_reachable_from_the_start():
     ("[run(seed) for seed in range(5)]", "[run(seed) for seed in [20 + k for k in range(5)]]"),
     ("SEEDS, STEPS = (0, 1, 2), 200", "SEEDS, STEPS = [20 + k for k in (0, 1, 2)], 200"),
     ("SEEDS = list(range(20 if FULL else 5))", "SEEDS = [20 + k for k in list(range(20 if FULL else 5))]"),
+    ("[phi(fresh_A(64, seed)) for seed in (0, 1)]", "[phi(fresh_A(64, seed)) for seed in [20 + k for k in (0, 1)]]"),
     ("grid(seed=[0, 1], r=[4])", "grid(seed=[20 + k for k in [0, 1]], r=[4])"),
 ])
 def test_fresh_seeds_moves_seeds_and_nothing_else(source, expected):

@@ -225,6 +225,13 @@ def test_the_base_model_has_never_met_8_and_9():
     assert reached.old > 0.975 and min(reached.digits[:8]) > 0.94
 
 
+def test_taught_8_alone_it_reads_no_9():  # what notebook 04's exercise 7 has the reader predict
+    only_8 = base_model()
+    fit(only_8, mnist()[0].only([8]), seed=0, epochs=1, lr=1e-3)
+    reached = accuracy(only_8, mnist()[1])
+    assert reached.digits[9] < 0.005 and reached.digits[8] > 0.97 and reached.old < 0.1
+
+
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """How often base_model trains, on a few examples and into an empty cache."""

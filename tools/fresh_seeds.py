@@ -18,7 +18,7 @@ from tools.notebooks import FOLDER, paths, read
 TRAIN = ("00", "03", "04", "05", "06", "07", "08")
 NUMBER = re.compile(r"(\bseed=|manual_seed\()(\d+)(?=\s*[,)])")
 SEVERAL = re.compile(r"(\bfor seed in |\bseed=|SEEDS\b.*? = )"
-                     r"(list\(range\(.*?\)\)|range\(.*?\)|\(0, 1, 2\)|\[[\d, ]+\])")
+                     r"(list\(range\(.*?\)\)|range\(.*?\)|[(\[]\d+(?:, \d+)*[)\]])")
 
 
 def moved(source: str, by: int) -> str:
