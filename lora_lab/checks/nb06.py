@@ -60,7 +60,7 @@ MISTAKES = {
         Mistake("that is what is lost, not what is right", 0.8017),
         Mistake("divide by all 10,000 test digits, not by the old ones", 1983 / 8017),
         Mistake("that is what the model above reaches; the question is how much is possible. Give three digits.", 0.19),
-        Mistake("that is what the model above reaches; the question is how much is possible", 0.191),
+        Mistake("that is what the model above reaches; the question is how much is possible", 0.189),
         Mistake("two of ten classes, but they are not equally frequent: count the digits", 0.2),
     ],
     "replay_indices": [

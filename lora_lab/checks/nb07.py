@@ -156,7 +156,7 @@ MISTAKES = {
     ],
     "what_next": [
         Mistake("fc3 has 10 rows: 10 is the largest rank that its update can have. No more is to be had.", "a"),
-        Mistake("another seed brings another luck, a point or two. What is missing here is far more.", "b"),
+        Mistake("another seed brings another luck, a point or two. What is missing here is more.", "b"),
         Mistake("merging changes the file, not what the model computes.", "d"),
     ],
 }
