@@ -2,8 +2,9 @@
 
     python -m tools.fresh_seeds [NAME ...] [--sets N]      all notebooks that train, unless some are named
 
-Runs each notebook N times, with all seeds in its cells and that of the base model moved on by 20, 40, ... A cell that
-fails is named with its error, and the run goes on. It takes N times the notebook's seconds, and a new base model each.
+Runs each notebook N times, with the base model's seed and those that its cells name (seed=0, manual_seed(0), SEEDS =)
+moved on by 20, 40, ...; a seed without its name, as in task(0), stays. A cell that fails is named with its error, and
+the run goes on. It takes N times the notebook's seconds, and a new base model each.
 """
 
 import argparse
@@ -22,7 +23,7 @@ SEVERAL = re.compile(r"(\bfor seed in |\bseed=|SEEDS\b.*? = )"
 
 
 def moved(source: str, by: int) -> str:
-    """A cell's code with every seed in it greater by `by`."""
+    """A cell's code with every seed that it names greater by `by`."""
     source = source.replace("base_model()", "base_model(seed=0)")
     source = NUMBER.sub(lambda m: m[1] + str(int(m[2]) + by), source)
     return SEVERAL.sub(rf"\1[{by} + k for k in \2]", source)
