@@ -1,9 +1,9 @@
 """What `pytest --nbval` lacks; loaded with `-p tests.nbval_strict`.
 
 A kernel that has died is noticed within a second (nbval waits for the whole cell timeout). The cell timeout is how long
-a cell may be silent once it has shown something, so that a slow machine may take its time over a sweep whose progress
-line moves; a cell that shows nothing gets SILENT of it, one that talks on and on LONGEST times as much. A cell that was
-never run fails (nbval compares nothing and passes it).
+a progress line may stand still, so that a slow machine may take its time over a sweep; a cell that shows none, and no
+figure either, gets SILENT of it, whatever it prints, and one whose progress line moves on and on LONGEST times as much.
+A cell that was never run fails (nbval compares nothing and passes it).
 """
 
 import time
@@ -14,13 +14,13 @@ from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell
 
 SILENT, LONGEST = 0.4, 2
-SHOWN = {"stream", "display_data", "execute_result"}
 
 
 def await_reply(self, msg_id, timeout):
     """As nbval's, but looks every second whether the kernel lives and what it has said meanwhile."""
     heard = self.heard = vars(self).get("heard", [])  # for get_message
-    start = last_heard = time.monotonic()
+    start = moved = time.monotonic()
+    patience = SILENT * timeout
     while True:
         try:
             message = self.kc.get_shell_msg(timeout=min(1, timeout))
@@ -29,9 +29,11 @@ def await_reply(self, msg_id, timeout):
                 pytest.fail("the kernel died in this cell", pytrace=False)
             while self.kc.iopub_channel.msg_ready():
                 heard.append(self.kc.get_iopub_msg())
-                last_heard = time.monotonic()
-            patience = timeout if any(message["msg_type"] in SHOWN for message in heard) else SILENT * timeout
-            if time.monotonic() >= min(start + LONGEST * timeout, last_heard + patience):
+                if heard[-1]["msg_type"] == "display_data":
+                    patience = timeout
+                elif heard[-1]["msg_type"] == "update_display_data":
+                    moved = time.monotonic()
+            if time.monotonic() >= min(start + LONGEST * timeout, moved + patience):
                 raise
             continue
         if message["parent_header"].get("msg_id") == msg_id:

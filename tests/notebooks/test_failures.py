@@ -23,6 +23,7 @@ def cell(source, count=1, value=None):
 
 
 NUMBER = "class Number:\n    def __repr__(self): return {!r}\nNumber()"
+PROGRESS = "import time\nbar = display(0, display_id=True)\nfor k in {}: time.sleep({}); bar.update(k + 1)"
 NOTEBOOKS = {
     "good": [cell("x = 2"), cell("x + 1", 2, "3")],
     "exit": [cell("x = 2"), cell("import os; os._exit(1)", 2), cell("x", 3, "2")],
@@ -33,10 +34,12 @@ NOTEBOOKS = {
               cell(NUMBER.format("≈ 0.96 of 9"), 2, "≈ 0.96 of 8"), cell(NUMBER.format("0.96"), 3, "0.97")],
     "loop": [cell("while True: pass")],
     "sleep": [cell("import time; time.sleep(1000)")],
-    "slow": [cell("import time\nfor k in range(3): print(k); time.sleep(2.5)", 1)],
+    "slow": [cell(PROGRESS.format("range(3)", 2.5), 1)],
+    "endless": [cell(PROGRESS.format("iter(int, 1)", 0.5))],
     "chatter": [cell("import time\nwhile True: print(1); time.sleep(0.5)")],
+    "pictures": [cell("import time\nwhile True: display(1); time.sleep(0.5)")],
 }
-NOTEBOOKS["slow"][0].outputs = [new_output("stream", name="stdout", text="0\n1\n2\n")]
+NOTEBOOKS["slow"][0].outputs = [new_output("display_data", {"text/plain": "0"})]
 
 
 VERDICTS = {  # a part of what is said of each cell
@@ -49,8 +52,10 @@ VERDICTS = {  # a part of what is said of each cell
     "about": ["passed", "outputs differ", "outputs differ"],  # only a number behind the sign for "about" may differ
     "loop": ["Timeout of 5 seconds exceeded"],  # having shown nothing, after SILENT of them
     "sleep": ["Timeout of 5 seconds exceeded"],
-    "slow": ["passed"],  # for 7.5 s, but never silent for 5
-    "chatter": ["Timeout of 5 seconds exceeded"],  # never silent: after LONGEST times 5 s
+    "slow": ["passed"],  # for 7.5 s, but its progress never stands still for 5
+    "endless": ["Timeout of 5 seconds exceeded"],  # its progress moves: after LONGEST times 5 s
+    "chatter": ["Timeout of 5 seconds exceeded"],  # what is printed is no progress: after SILENT of 5 s
+    "pictures": ["Timeout of 5 seconds exceeded"],  # after 5 s
 }
 
 
@@ -60,23 +65,26 @@ def test_what_must_fail_fails_and_says_why(tmp_path):
         nbformat.write(new_notebook(cells=cells, metadata=SPEC), tmp_path / f"{name}.ipynb")
     given = [option for option in OPTIONS if option not in ("-n", "2", "--dist", "loadfile")]
     done = subprocess.run([sys.executable, "-m", "pytest", "--nbval", str(tmp_path), *given, "--nbval-cell-timeout=5",
-                           "--color=no", f"--junitxml={tmp_path}/report.xml"],
+                           "--color=no", f"--junitxml={tmp_path}/report.xml", "-o", "junit_duration_report=call"],
                           cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stdout + done.stderr
-    said = {name: [] for name in NOTEBOOKS}
+    said, seconds = {name: [] for name in NOTEBOOKS}, {}
     for case in ElementTree.parse(tmp_path / "report.xml").iter("testcase"):
         wrong = "\n".join(f"{child.get('message')} {child.text}" for child in case if child.tag in ("failure", "error"))
-        said[case.get("classname").rsplit(".ipynb")[0].rsplit(".")[-1]].append(wrong or "passed")
+        name = case.get("classname").rsplit(".ipynb")[0].rsplit(".")[-1]
+        said[name].append(wrong or "passed")
+        seconds[name] = float(case.get("time"))
     assert [len(said[name]) for name in VERDICTS] == [len(parts) for parts in VERDICTS.values()]
     for name, parts in VERDICTS.items():
         for k, part in enumerate(parts):
             assert part in said[name][k], f"cell {k} of {name}: {said[name][k]}"
+    assert max(seconds["loop"], seconds["chatter"]) < seconds["pictures"] < seconds["endless"]  # 2, 2, 5 and 10 s
 
 
 def test_make_test_and_the_workflow_run_nbval_alike():
     assert "tests.nbval_strict" in OPTIONS, "Makefile: add -p tests.nbval_strict to the line with --nbval"
     timeout = next(option for option in OPTIONS if option.startswith("--nbval-cell-timeout="))
-    # an endless cell ends after 24 s, after 60 without a further word, and after 120 if it talks
+    # an endless cell ends after 24 s, after 60 if it shows something, and after 120 if its progress line moves
     assert int(timeout.split("=")[1]) <= 60 and (SILENT, LONGEST) == (0.4, 2)
     workflow = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
     assert not [option for option in OPTIONS if option not in workflow]
