@@ -12,7 +12,7 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 
 from lora_lab import checks
-from lora_lab.checks import Mistake, grade, grade_value, matrices
+from lora_lab.checks import Mistake, grade, grade_value, matrices, nb03
 from tools import notebooks
 
 NOTEBOOKS = sorted(notebooks.FOLDER.glob("[0-9]*.ipynb"))
@@ -269,11 +269,15 @@ def test_grade_draws_the_same_each_time_and_several_times():
 @pytest.mark.parametrize("answer, outcome, words", [
     (7, "right", "because"), (7.0, "right", "because"), (torch.tensor(7), "right", "because"),
     (..., "not attempted", "replace"), (None, "not attempted", "replace"), (8, "not yet", "one too many"),
-    (9, "not yet", "9 is not it. Count again"), ("7", "not yet", "Count again"), (True, "not yet", "Count again"),
+    (9, "not yet", "9 is not it. Count again"), ("7", "not yet", "without quotes"), (True, "not yet", "Count again"),
     ([7], "not yet", "Count again"), (float("nan"), "not yet", "Count again")])
 def test_grade_value(answer, outcome, words):
     said = grade_value(answer, 7, [Mistake("one too many", 8)], "because", hint="Count again")
     assert said.outcome == outcome and words in said.message, said
+
+
+def test_a_conclusion_needs_its_measurement():
+    assert "name the measurement too" in nb03.conclusion("B").message
 
 
 @pytest.mark.parametrize("a, b, equal", [

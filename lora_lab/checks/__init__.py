@@ -118,10 +118,13 @@ def grade_value(answer, truth, mistakes: Sequence[Mistake], why: str, *, hint: s
 
     if is_(truth):
         return right(why)
+    if isinstance(answer, str) and isinstance(truth, int | float):
+        return not_yet(f"{answer!r} is a text: write the number without quotes")
     for mistake in mistakes:
         if is_(mistake.answer):
             return not_yet(mistake.message)
-    return not_yet(f"{answer!r} is not it. {hint}")
+    given = _describe([answer]) if isinstance(answer, torch.Tensor | np.ndarray) else repr(answer)
+    return not_yet(f"{given} is not it. {hint}")
 
 
 def _recognise(answer, cases, mistakes, tol) -> str | None:

@@ -15,6 +15,7 @@ MISTAKES = {
         Mistake("that is a share from 0 to 1; percent runs to 100", lambda trained, total: trained / total),
         Mistake("the share is upside down: divide by the total", lambda trained, total: 100 * total / trained),
         Mistake("that is the share that is NOT trained", lambda trained, total: 100 * (1 - trained / total)),
+        Mistake("`total` holds the trained numbers already", lambda trained, total: 100 * trained / (trained + total)),
     ],
     "linear": [
         Mistake("(n, in) @ (out, in) does not fit: the inner sizes must be equal, so W is transposed",

@@ -62,6 +62,8 @@ MISTAKES = {
                 lambda rows, row: _rank([*rows, row]) > _rank(rows)),
         Mistake("you take it that the given rows are independent. If they are not, their rank is below their number: "
                 "compare with exact_rank(rows).", lambda rows, row: _rank([*rows, row]) == len(rows)),
+        Mistake("you ask whether all rows together are dependent. They are as well when the given rows alone are: "
+                "compare with exact_rank(rows).", lambda rows, row: _rank([*rows, row]) < len(rows) + 1),
     ],
     "invisible_directions": [
         Mistake("10 is the rank: the directions that the layer can see. The question is how many of the 784 are "
@@ -128,7 +130,7 @@ def addition_table(answer) -> Verdict:
     return grade_value(answer, 2, MISTAKES["addition_table"],
                        "each row is the first row plus a number: all twelve are mixtures of (1, 2, 3, ...) and (1, 1, "
                        "1, ...). Not one row is a copy, and yet two suffice.",
-                       hint="how many rows do you need to mix all the others?")
+                       hint="How many rows do you need to mix all the others?")
 
 
 def echelon_by_hand(answer) -> Verdict:
@@ -269,4 +271,4 @@ def rank_in_any_units(answer) -> Verdict:
 def rank_of_step(answer) -> Verdict:
     return grade_value(answer, 10, MISTAKES["rank_of_step"],
                        "min(10, 256, 16): the step is a product (10, 16) @ (16, 256), and every rank in it is a bound.",
-                       hint="write the step as a product of two matrices and look at all three sizes.")
+                       hint="Write the step as a product of two matrices and look at all three sizes.")

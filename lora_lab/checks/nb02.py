@@ -202,7 +202,7 @@ def balance(answer):
     large, *others = MISTAKES["balance"]
     mistakes = [Mistake(m.message, _invariants(m.answer)) for m in others]
     verdict = grade(_invariants(answer), _invariants(_balanced), _draw_pair, mistakes,
-                    "of all splits this one has the smallest sum of squares: weight decay pulls B and A towards it.")
+                    "no split has a smaller sum of squares in B and A (this one turned by a Q has the same).")
     if verdict.outcome == "not yet" and verdict.message not in [m.message for m in mistakes]:
         verdict.message = "I compare B2 @ A2, A2 @ A2.T and B2.T @ B2 with what they should be: " + verdict.message
     if verdict.outcome == "right":
@@ -222,7 +222,10 @@ MISTAKES = {
         Mistake("the right two numbers; the convention puts the largest first.", [2, 3]),
         Mistake("a 2 x 3 matrix has min(2, 3) = 2 singular values: the third input axis goes to zero, but there is no "
                 "third output direction for it.", [3, 2, 0]),
-        Mistake("these are their squares, the eigenvalues of W W^T: take the square root.", [9, 4]),
+        Mistake("these are their squares: take the square roots.", [9, 4]),
+        Mistake("those are the lengths of the three outputs, axis by axis. Only two can be singular values, and the "
+                "largest comes first.", [2, 3, 0]),
+        Mistake("0 is what becomes of the third axis, but the second one is stretched as well: by how much?", [2, 0]),
     ],
     "without": [
         Mistake("you take away all of v1, however much of it is in x: the part along v1 is (x @ v1) times v1.",
@@ -233,6 +236,10 @@ MISTAKES = {
         Mistake("x * v1 multiplies entry by entry; the length of the part along v1 is the sum of these products, "
                 "x @ v1.",
                 lambda x, v1: x - x * v1),
+        Mistake("x @ v1 says how much of v1 is in x: take away that much of v1, not of x.",
+                lambda x, v1: x - (x @ v1) * x),
+        Mistake("you take away all of x's length along v1; only x @ v1 of it points that way.",
+                lambda x, v1: x - x.norm() * v1),
         Mistake("you add the part along v1 once more instead of taking it away.", lambda x, v1: x + (x @ v1) * v1),
         Mistake("perpendicular to v1, but you also brought it to length 1: the question is only what is left of x.",
                 lambda x, v1: torch.nn.functional.normalize(x - (x @ v1) * v1, dim=0)),
@@ -284,6 +291,8 @@ MISTAKES = {
                 lambda S, m, n, budget: _best_error(S, m, n, budget + m + n - 1)),
         Mistake("this is the share of the energy that is lost, a square: an error of 10 % is only 1 % of the energy. "
                 "Take the root.", lambda S, m, n, budget: _best_error(S, m, n, budget) ** 2),
+        Mistake("norms do not subtract: what is lost is |S[r:]|, not |S| - |S[:r]|.",
+                lambda S, m, n, budget: 1 - S[:budget // (m + n)].norm() / S.norm()),
         Mistake("you add singular values; the Frobenius norm adds their squares and takes the root.",
                 lambda S, m, n, budget: _best_error(S, m, n, budget, size=Tensor.sum)),
         Mistake("this is the error in the spectral norm, the first value of the tail. In the Frobenius norm all of the "

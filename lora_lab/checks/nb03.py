@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from lora_lab.checks import Mistake, Verdict, grade, grade_value, matrices
+from lora_lab.checks import Mistake, Verdict, grade, grade_value, matrices, not_yet
 from lora_lab.linalg import energy
 
 
@@ -16,11 +16,12 @@ def _first_at(share_so_far: torch.Tensor, share: float) -> int:
     return int((share_so_far < share).sum()) + 1
 
 
-def _components(X, share, centred=True, squared_twice=False, ascending=False):
+def _components(X, share, centred=True, squared_twice=False, ascending=False, roots=False):
     X = X - X.mean(0) if centred else X
     values = torch.linalg.eigvalsh(X.T @ X).clamp(min=0)
     values = values if ascending else values.flip(0)
-    return _first_at(energy(values if squared_twice else values.sqrt()), share)
+    power = 1 if squared_twice else 0.25 if roots else 0.5  # energy squares what it gets
+    return _first_at(energy(values ** power), share)
 
 
 def _escaped(W, Q):
@@ -57,6 +58,12 @@ MISTAKES = {
                 lambda X, share: _components(X, share, squared_twice=True)),
         Mistake("X.mean() is one number for all: subtract the mean of each column, X.mean(0).",
                 lambda X, share: _components(X - X.mean(), share, centred=False)),
+        Mistake("The mean is taken off each row, the examples; centring takes it off each column: X.mean(0).",
+                lambda X, share: _components(X - X.mean(1, keepdim=True), share, centred=False)),
+        Mistake("You also divide by the standard deviation, and then every pixel has the same variance: centre only.",
+                lambda X, share: _components((X - X.mean(0)) / X.std(0), share)),
+        Mistake("Variance is the square of a singular value: the shares are those of the squares (what energy does).",
+                lambda X, share: _components(X, share, roots=True)),
         Mistake("Your result does not depend on share.", lambda X, share: _components(X, 0.9)),
         Mistake("eigvalsh returns the smallest eigenvalue first; turn the list round before adding up.",
                 lambda X, share: _components(X, share, ascending=True)),
@@ -153,6 +160,8 @@ def conclusion(answer) -> Verdict:
     letter, *numbers = re.findall("(?<![A-Z])[ABC](?![A-Z])|[123]", str(answer).upper()) or [""]
     if letter in ("A", "B", "C") and numbers and set(numbers) <= {"1", "2", "3"}:
         answer = letter, int(min(numbers))
+    elif letter in ("A", "B", "C"):
+        return not_yet(f"{letter} is half of an answer: name the measurement too, as in (\"A\", 1).")
     return grade_value(answer, ("B", 3), MISTAKES["conclusion"],
                        "error in the norm and error in the task are two things; only the second one is paid for.",
                        hint='Answer with a pair such as ("A", 1): a letter A, B or C and a number 1, 2 or 3.')
